@@ -1,0 +1,1643 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch==2.13.0",
+#     "transformers==5.20.2",
+#     "peft==0.21.2",
+#     "accelerate==1.15.0",
+#     "tqdm==4.70.1",
+#     "numpy==2.2.6",
+#     "scikit-learn==1.7.2",
+# ]
+# ///
+"""Train, evaluate and use a budget model: how many reasoning tokens does a query need?
+
+A large reasoning model thinks before it answers. The budget model reads the query alone and predicts, in tokens,
+how long that thinking will be: a LoRA-adapted backbone, the hidden state of the last token, a three-layer MLP head.
+
+    python train_sft_l4.py                                              # train on CONFIG
+    python train_sft_l4.py --config data/demo/config.json --num_epochs 1    # train with overrides
+    python train_sft_l4.py evaluate --checkpoint checkpoints/best_model.pt --data data/test.jsonl
+    python train_sft_l4.py predict  --checkpoint checkpoints/best_model.pt "Prove that sqrt(2) is irrational"
+    python train_sft_l4.py predict  --checkpoint checkpoints/best_model.pt --input queries.jsonl --output budgets.jsonl
+
+Exit codes: 0 done; 2 unusable arguments, data or checkpoint; 130 / 143 stopped by SIGINT / SIGTERM with the run
+saved; 1 a defect of this script.
+
+Letters in shapes: B examples, T tokens, D width of the backbone's hidden states.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import functools
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from importlib import metadata, util
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# transformers, peft, accelerate and scikit-learn take seconds to import: they are imported where they are used.
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. CONFIG
+# ----------------------------------------------------------------------------------------------------------------------
+
+CONFIG: dict[str, Any] = {
+    # --- data: JSONL, one {"query": "...", "optimal_budget": 512} a line ---
+    "train_path": "data/train.jsonl",
+    "val_path": "data/val.jsonl",          # chooses the best epoch; no such file: val_fraction of the training rows
+    "test_path": "data/test.jsonl",        # scored once, at the end, with the best checkpoint; no such file: skipped
+    "val_fraction": 0.1,                   # share of the training rows held out when there is no val_path file
+    "max_train_examples": 0,               # train on this many rows, drawn by seed; 0 = all
+    "max_length": 512,                     # tokens of a query with its template; longer ones lose their middle
+    "on_bad_row": "error",                 # error = refuse the file | skip = drop the row and count it
+    "allow_leakage": False,                # True: go on although a training query stands in val or test too
+
+    # --- model ---
+    "model_name": "meta-llama/Llama-3.2-3B-Instruct",  # name on the Hugging Face hub, or a local folder
+    "lora_r": 32,                          # rank of the adapters; 0 = train the whole backbone (small ones only)
+    "lora_alpha": 64,                      # an adapter's output is scaled by lora_alpha / lora_r
+    "lora_dropout": 0.05,
+    "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "head_dropout": 0.1,                   # after each of the head's two hidden layers
+    "target_transform": "tokens",          # tokens | log = learn the logarithm: relative errors count, not absolute
+
+    # --- optimization: every optimizer step sees batch_size * grad_accum_steps examples, on any number of GPUs ---
+    "batch_size": 2,                       # only the product of these two matters: micro-batches are cut by tokens,
+    "grad_accum_steps": 16,                # see max_tokens_per_micro_batch
+    "num_epochs": 3,
+    "learning_rate": 2e-4,                 # peak, of adapters and head alike
+    "lr_schedule": "linear",               # after the warm-up: linear (to 0) | cosine (to 0) | constant
+    "warmup_steps": 500,                   # optimizer steps; never more than a tenth of the run
+    "warmup_ratio": 0.0,                   # > 0: warm-up as a share of the run, in place of warmup_steps
+    "weight_decay": 0.01,                  # of matrices; biases and norms are not decayed
+    "max_grad_norm": 1.0,                  # gradients are clipped to this L2 norm; 0 = not clipped
+    "huber_delta": 1000.0,                 # tokens; squared error below, linear above (log: as seen from the median)
+
+    # --- speed and memory ---
+    "max_tokens_per_micro_batch": 1536,    # padding included; halve it when memory runs out, results stay the same
+    "activation_checkpointing": "off",     # on = recompute activations: about a third slower, far less memory
+
+    # --- evaluation, saving, logging ---
+    "eval_every": 0,                       # optimizer steps between validations; 0 = at the end of each epoch only
+    "early_stopping_patience": 0,          # stop after this many validations without a new best; 0 = never
+    "save_every_minutes": 5.0,             # between writes of last.pt; it is also written after each validation
+    "output_dir": "checkpoints",
+    "log_dir": "logs",
+    "resume": "auto",                      # auto = go on with an unfinished run in output_dir | off | a checkpoint
+    "overwrite": False,                    # True: start anew although output_dir holds a run
+    "tracker": "none",                     # none | tensorboard | wandb | trackio, beside logs/training_history.json
+    "seed": 42,
+}
+
+# What the backbone reads. A query that is too long loses tokens from its middle, never from this template.
+PROMPT_TEMPLATE = "Query: {query}\nReasoning tokens needed:"
+
+Config = Mapping[str, Any]  # CONFIG with its overrides: read, never written
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "on_bad_row": ("error", "skip"),
+    "target_transform": ("tokens", "log"),
+    "lr_schedule": ("linear", "cosine", "constant"),
+    "activation_checkpointing": ("off", "on"),
+    "tracker": ("none", "tensorboard", "wandb", "trackio"),
+}
+# Keys that may differ between a run and its continuation: they change where and how it runs, not what is learnt.
+FREE_ON_RESUME = {
+    "train_path", "val_path", "test_path", "max_tokens_per_micro_batch", "activation_checkpointing",
+    "save_every_minutes", "output_dir", "log_dir", "resume", "overwrite", "tracker",
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """A problem the user can mend. `main` prints its message, without a traceback, and exits with code 2."""
+
+
+def config_source() -> str:
+    """Return the CONFIG block of this file, comments included: the reference of every key."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    return source[source.index("CONFIG: dict") : source.index("# What the backbone reads")].rstrip()
+
+
+def parse_value(text: str, default: Any) -> Any:
+    """Read a command-line string as the type of `default`.
+
+    >>> parse_value("1e-4", 2e-4), parse_value("query,value", ["q_proj"]), parse_value("false", True)
+    (0.0001, ['query', 'value'], False)
+    """
+    if isinstance(default, bool):  # before int: bool is a subclass of int
+        if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise ValueError(f"expected true or false, got {text!r}")
+        return text.lower() in ("true", "1", "yes")
+    if isinstance(default, list):
+        return [item.strip() for item in text.split(",") if item.strip()]
+    return type(default)(text)
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """Return the overrides in a JSON file; a whole number may stand for a float."""
+    try:
+        overrides = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read --config {path}: {error}") from None
+    if not isinstance(overrides, dict):
+        raise UserError(f"--config {path}: expected one JSON object, got {type(overrides).__name__}")
+    problems = []
+    for key, value in overrides.items():
+        if key not in CONFIG:
+            problems.append(f"unknown key {key!r}")
+            continue
+        wanted = type(CONFIG[key])
+        name = "a list of strings" if wanted is list else wanted.__name__
+        if wanted is float and type(value) is int:
+            overrides[key] = float(value)
+        elif type(value) is not wanted or (wanted is list and not all(isinstance(item, str) for item in value)):
+            problems.append(f"{key} must be {name}, got {value!r}")
+    if problems:
+        raise UserError(f"--config {path}: " + "; ".join(problems))
+    return overrides
+
+
+def parse_train_arguments(argv: Sequence[str]) -> dict[str, Any]:
+    """Return CONFIG with the overrides of `--config FILE` and of the flags, flags winning. CONFIG stays as it is."""
+    parser = argparse.ArgumentParser(
+        prog="train_sft_l4.py",
+        usage="%(prog)s [evaluate | predict] [--config FILE.json] [--KEY VALUE ...]",
+        description=__doc__,
+        epilog=f"Every key below is a flag. `evaluate --help` and `predict --help` list theirs.\n\n{config_source()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE.json", help="override several keys at once")
+    for key, default in CONFIG.items():
+        # A flag that is left out stays out of the namespace, so that it does not override the file.
+        bare: dict[str, Any] = {"nargs": "?", "const": "true"} if isinstance(default, bool) else {}
+        names = dict.fromkeys((f"--{key}", f"--{key.replace('_', '-')}"))
+        parser.add_argument(*names, dest=key, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **bare)
+    given = vars(parser.parse_args(argv))
+    config_file = given.pop("config")
+    cfg = copy.deepcopy(CONFIG) | (read_config_file(config_file) if config_file else {})
+    problems = []
+    for key, text in given.items():
+        try:
+            cfg[key] = parse_value(text, CONFIG[key])
+        except ValueError:
+            problems.append(f"--{key}: expected {type(CONFIG[key]).__name__}, got {text!r}")
+    if problems:
+        raise UserError("; ".join(problems))
+    validate_config(cfg)
+    return cfg
+
+
+def validate_config(cfg: Config) -> None:
+    """Raise one UserError that names every value that cannot work."""
+    problems = [f"{key} must be one of {', '.join(choices)}, got {cfg[key]!r}" for key, choices in CHOICES.items()
+                if cfg[key] not in choices]
+    at_least = {
+        "max_length": 16, "batch_size": 1, "grad_accum_steps": 1, "num_epochs": 1, "max_tokens_per_micro_batch": 1,
+        "lora_r": 0, "lora_alpha": 1, "warmup_steps": 0, "warmup_ratio": 0, "weight_decay": 0, "max_grad_norm": 0,
+        "max_train_examples": 0, "eval_every": 0, "early_stopping_patience": 0, "save_every_minutes": 0, "seed": 0,
+    }
+    problems += [f"{key} must be at least {low}, got {cfg[key]}"
+                 for key, low in at_least.items() if not cfg[key] >= low]
+    problems += [f"{key} must be greater than 0, got {cfg[key]}"
+                 for key in ("learning_rate", "huber_delta") if not 0 < cfg[key] < math.inf]
+    problems += [f"{key} must be at least 0 and below 1, got {cfg[key]}"
+                 for key in ("lora_dropout", "head_dropout", "warmup_ratio") if not 0 <= cfg[key] < 1]
+    if not 0 < cfg["val_fraction"] <= 0.5:
+        problems.append(f"val_fraction must be above 0 and at most 0.5, got {cfg['val_fraction']}")
+    problems += [f"{key} must not be empty" for key in ("train_path", "model_name", "output_dir", "log_dir",
+                 "lora_target_modules", "resume") if not cfg[key]]
+    tracker = cfg["tracker"]
+    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+    if tracker in packages and util.find_spec(packages[tracker]) is None:
+        problems.append(f"tracker {tracker} is not installed: pip install {packages[tracker]}")
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def parse_command(command: str, argv: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments of `evaluate` or `predict`; everything else they need is in the checkpoint."""
+    parser = argparse.ArgumentParser(prog=f"train_sft_l4.py {command}", allow_abbrev=False)
+
+    def flag(name: str, **options: Any) -> None:
+        parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), dest=name, **options)
+
+    flag("checkpoint", required=True, metavar="FILE.pt", help="for example checkpoints/best_model.pt")
+    flag("model_name", metavar="NAME", help="where the backbone is, if not where it was in training")
+    flag("on_bad_row", choices=CHOICES["on_bad_row"], default="error", help="skip: leave bad rows out and count them")
+    flag("max_tokens_per_micro_batch", type=int, metavar="N", help="padding included (default: the training run's)")
+    if command == "evaluate":
+        flag("data", required=True, metavar="FILE.jsonl", help="rows with query and optimal_budget")
+        flag("train_path", metavar="FILE.jsonl", help="rows to fit the baselines on (default: the training run's)")
+        flag("log_dir", metavar="DIR", help="for DATA_metrics.json and DATA_predictions.jsonl (default: the run's)")
+        flag("plot", metavar="FILE.png", help="draw predicted against true budgets (needs matplotlib)")
+    else:
+        parser.add_argument("queries", nargs="*", help="queries to predict, each in quotes")
+        flag("input", metavar="FILE.jsonl", help="queries, one JSON object a line; other fields are kept")
+        flag("output", metavar="FILE.jsonl", help="the same rows with predicted_budget (default: standard output)")
+    args = parser.parse_args(argv)
+    if command == "predict" and bool(args.queries) == bool(args.input):
+        parser.error("give queries as arguments or --input FILE.jsonl, one of the two")
+    if command == "predict" and args.output and not args.input:
+        parser.error("--output goes with --input")
+    if args.max_tokens_per_micro_batch is not None and args.max_tokens_per_micro_batch < 1:
+        parser.error("--max_tokens_per_micro_batch must be at least 1")
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Runtime: device, files, signals, log
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def pick_device() -> torch.device:
+    """Return the accelerator of this machine, or the CPU where there is none."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")
+
+
+def describe_device(device: torch.device) -> str:
+    """Return one line: name and memory."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
+    import psutil  # comes with accelerate
+
+    return f"{device.type}, {torch.get_num_threads()} threads, {psutil.virtual_memory().total / 2**30:.1f} GiB memory"
+
+
+def versions() -> dict[str, str]:
+    """Return what decides whether a run can be repeated: package versions and the GPU's name."""
+    packages = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn")
+    found = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages}
+    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a binary file that appears under `path` whole, at the end of the block, or not at all.
+
+    It is written beside its place, flushed to the disk, then renamed: a kill or a full disk leaves the old file.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, whole or not at all. NaN is refused: not every reader of JSON knows it."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(value, indent=1, allow_nan=False).encode())
+
+
+def json_line(value: Any) -> bytes:
+    r"""Return one line of JSONL. An unpaired surrogate, which UTF-8 cannot hold, stays a JSON escape.
+
+    >>> json_line({"query": chr(0xE9) + chr(0xD800)})
+    b'{"query": "\xc3\xa9\\ud800"}\n'
+    """
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+class Stopped(Exception):
+    """A signal asked the run to end; everything needed to go on is saved."""
+
+
+class StopSignal:
+    """Remembers SIGINT or SIGTERM, so that the run ends between two steps. A second signal ends it at once."""
+
+    def __init__(self) -> None:
+        self.number = 0  # of the signal that came; 0 = none
+
+    def listen(self) -> None:
+        """Take the signals over until one comes."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _frame: object) -> None:
+        self.number = number
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
+
+class RunLog:
+    """What a run says and records: lines on the console, training_history.json, and a tracker if one is set."""
+
+    def __init__(self, accelerator: Any, log_dir: str) -> None:
+        self.accelerator = accelerator
+        self.path = Path(log_dir) / "training_history.json"
+        self.history: dict[str, Any] = {"config": {}, "versions": versions(), "steps": [], "validations": []}
+
+    def say(self, text: str = "") -> None:
+        """Print a line, once, whatever the number of processes; a progress bar stays below it."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+            sys.stdout.flush()  # into a file or a pipe as it happens
+
+    def record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append a record to the history and send its numbers to the tracker."""
+        self.history[kind].append({"step": step, **values})
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
+        self.accelerator.log(numbers, step=step)
+
+    def save(self) -> None:
+        """Write the history, whole."""
+        if self.accelerator.is_main_process:
+            write_json(self.path, self.history)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Data: rows, splits, encoding, micro-batches
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of a data file."""
+
+    query: str
+    budget: float  # tokens; NaN where only queries are read
+    domain: str
+    group: str  # rows of one group stay on one side of a split
+    censored: bool  # the trace hit its cap: the real budget is at least `budget`
+    fields: dict[str, Any]  # the whole object, as it was read
+    place: str  # path:line
+
+
+def parse_row(line: bytes, place: str, labelled: bool) -> Row:
+    """Return one line of JSONL as a Row.
+
+    Raises:
+        ValueError: the row cannot be used; the message says which field and what it holds.
+    """
+    try:
+        fields = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"expected a JSON object, got {show(fields)}")
+    query = fields.get("query")
+    if not isinstance(query, str) or not query.strip():
+        raise ValueError(f"query must be a non-empty string, got {show(query)}")
+    name = "budget" if "budget" in fields and "optimal_budget" not in fields else "optimal_budget"
+    budget: Any = fields.get(name) if labelled else math.nan
+    if labelled and (type(budget) not in (int, float) or not 0 < budget < sys.float_info.max):
+        raise ValueError(f"{name} must be a finite number > 0, got {show(budget)}")
+    censored = fields.get("censored") or False
+    if not isinstance(censored, bool):
+        raise ValueError(f"censored must be true or false, got {show(censored)}")
+    domain, group = (fields.get(key) for key in ("domain", "group"))
+    return Row(query, float(budget), "" if domain is None else str(domain), query if group is None else str(group),
+               censored, fields, place)
+
+
+def show(value: Any) -> str:
+    """Return a value as JSON, shortened, for a message."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def iter_rows(path: str, labelled: bool) -> Iterator[Row | str]:
+    """Yield each line of a JSONL file as a Row, or as the message that says what is wrong with it."""
+    try:
+        with Path(path).open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                place = f"{path}:{number}"
+                try:
+                    yield parse_row(line, place, labelled)
+                except ValueError as error:
+                    yield f"{place}: {error}"
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def listing(problems: Sequence[str], total: int) -> str:
+    """Return the first 20 problems, a line each, and how many there are beyond them."""
+    more = [f"... and {total - 20:,} more"] if total > 20 else []
+    return "\n".join(f"  {line}" for line in [*problems[:20], *more])
+
+
+def usable_rows(path: str, labelled: bool, on_bad_row: str, say: Callable[[str], None]) -> Iterator[Row]:
+    """Yield the rows of a file of any size, in file order.
+
+    Raises:
+        UserError: the file is missing or has no usable row; or, at its end, it has bad rows that are not to be skipped.
+    """
+    n_rows, n_bad, first_bad = 0, 0, []
+    for item in iter_rows(path, labelled):
+        if isinstance(item, Row):
+            n_rows += 1
+            yield item
+        else:
+            n_bad += 1
+            first_bad += [item] if n_bad <= 20 else []
+    if n_bad and on_bad_row == "error":
+        raise UserError(f"{path}: {n_bad:,} bad rows (--on_bad_row skip drops them):\n{listing(first_bad, n_bad)}")
+    if n_bad:
+        say(f"{path}: {n_bad:,} bad rows skipped, the first: {first_bad[0]}")
+    if not n_rows:
+        raise UserError(f"{path}: no usable rows")
+
+
+def hold_out(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Split rows into training and validation by group, the same share of every budget decile.
+
+    The order inside a decile is a hash of (seed, group): the split is the same on every machine and hardly moves when
+    rows are added.
+    """
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        groups.setdefault(row.group, []).append(row.budget)
+    medians = {group: float(np.median(budgets)) for group, budgets in groups.items()}
+    decile_of = budget_deciles(list(medians.values()))
+    deciles: dict[int, list[str]] = {}
+    for group, decile in zip(medians, decile_of, strict=True):
+        deciles.setdefault(int(decile), []).append(group)
+    held_out: set[str] = set()
+    for members in deciles.values():
+        members.sort(key=lambda group: hashlib.sha256(f"{seed}/{group}".encode("utf-8", "replace")).digest())
+        held_out.update(members[: round(len(members) * fraction)])
+    if not held_out or len(held_out) == len(groups):
+        raise UserError(f"cannot hold out {fraction:.0%} of {len(groups)} groups for validation: write a val_path file")
+    return [row for row in rows if row.group not in held_out], [row for row in rows if row.group in held_out]
+
+
+def budget_deciles(budgets: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Return each budget's decile among them, 0 to 9, shape (N,)."""
+    edges = np.quantile(budgets, np.arange(0.1, 0.95, 0.1))
+    return np.searchsorted(edges, budgets, side="left")
+
+
+def refuse_leakage(train: Sequence[Row], others: Sequence[Row]) -> None:
+    """Raise a UserError that names validation and test rows whose query or group stands in the training rows too."""
+    seen: dict[str, str] = {}
+    for row in train:
+        seen.setdefault(row.query.strip(), row.place)
+        seen.setdefault(row.group.strip(), row.place)
+    leaks = [f"{row.place}: same {what} as {seen[key]}" for row in others
+             for what, key in (("query", row.query.strip()), ("group", row.group.strip())) if key in seen]
+    leaks = list({leak.split(": ")[0]: leak for leak in reversed(leaks)}.values())[::-1]  # one line a row
+    if leaks:
+        raise UserError(f"{len(leaks):,} rows leak from the training set (remove them, or --allow_leakage):\n"
+                        f"{listing(leaks, len(leaks))}")
+
+
+def load_splits(cfg: Config, say: Callable[[str], None]) -> dict[str, list[Row]]:
+    """Return the rows of "train", "val" and, where there is a file, "test", checked for leakage."""
+    splits = {"train": list(usable_rows(cfg["train_path"], True, cfg["on_bad_row"], say))}
+    for name in ("val", "test"):
+        if Path(cfg[f"{name}_path"]).is_file():
+            splits[name] = list(usable_rows(cfg[f"{name}_path"], True, cfg["on_bad_row"], say))
+    if not cfg["allow_leakage"]:
+        refuse_leakage(splits["train"], [row for name in ("val", "test") for row in splits.get(name, [])])
+    if "val" not in splits:
+        say(f"No file {cfg['val_path']}: holding out {cfg['val_fraction']:.0%} of the training rows")
+        splits["train"], splits["val"] = hold_out(splits["train"], cfg["val_fraction"], cfg["seed"])
+    if 0 < cfg["max_train_examples"] < len(splits["train"]):
+        chosen = random.Random(cfg["seed"]).sample(range(len(splits["train"])), cfg["max_train_examples"])
+        splits["train"] = [splits["train"][i] for i in sorted(chosen)]
+    if all(row.censored for row in splits["val"]):
+        raise UserError("every validation row is censored: no error can be measured on them")
+    return splits
+
+
+def fingerprint_rows(splits: Mapping[str, Sequence[Row]]) -> str:
+    """Return a hash of what is learnt from, so that a resumed run can tell whether the data changed under it."""
+    digest = hashlib.sha256()
+    for name in ("train", "val"):
+        for row in splits[name]:
+            digest.update(json.dumps([name, row.query, row.budget, row.censored]).encode())
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Encoded rows: what training and evaluation work on."""
+
+    ids: list[list[int]]
+    budget: np.ndarray  # (N,) tokens
+    censored: np.ndarray  # (N,) bool
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        return [len(ids) for ids in self.ids]
+
+
+def cut_middle(ids: list[int], max_length: int) -> list[int]:
+    """Drop tokens from the middle: the template, at both ends, stays whole, and so do a query's first and last words.
+
+    >>> cut_middle([1, 2, 3, 4, 5, 6, 7], 4)
+    [1, 2, 6, 7]
+    """
+    if len(ids) <= max_length:
+        return ids
+    tail = max_length // 2
+    return ids[: max_length - tail] + ids[len(ids) - tail :]
+
+
+def encode(tokenizer: Any, queries: Sequence[str], max_length: int, template: str) -> tuple[list[list[int]], int]:
+    """Return the token ids of each query inside the template, and how many queries had to be cut.
+
+    Text that spells a special token stays text (split_special_tokens), and unpaired surrogates, which UTF-8 cannot
+    hold, become question marks.
+    """
+    prompts = [template.format(query=query).encode("utf-8", "replace").decode() for query in queries]
+    encoded = tokenizer(prompts, split_special_tokens=True, verbose=False)["input_ids"] if prompts else []
+    return [cut_middle(list(ids), max_length) for ids in encoded], sum(len(ids) > max_length for ids in encoded)
+
+
+def encode_rows(rows: Sequence[Row], model: BudgetRegressionModel) -> tuple[Examples, int]:
+    """Return the rows encoded for `model`, and how many queries had to be cut."""
+    ids, n_cut = encode(model.tokenizer, [row.query for row in rows], model.max_length, model.prompt_template)
+    budget = np.array([row.budget for row in rows])
+    return Examples(ids, budget, np.array([row.censored for row in rows], dtype=bool)), n_cut
+
+
+def epoch_order(n_examples: int, seed: int, epoch: int) -> list[int]:
+    """Return the order of the examples in an epoch: a pure function, so that a resumed run sees the same one."""
+    return np.random.default_rng([seed, epoch]).permutation(n_examples).tolist()
+
+
+def plan_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Cut examples into micro-batches of similar length, each of at most `max_tokens` tokens, padding included.
+
+    An example longer than `max_tokens` gets a micro-batch of its own. The longest come first, so that memory runs out
+    at once if it does.
+
+    >>> plan_micro_batches([3, 9, 4, 8], max_tokens=18)
+    [[1, 3], [2, 0]]
+    """
+    plan: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not plan or lengths[plan[-1][0]] * (len(plan[-1]) + 1) > max_tokens:
+            plan.append([])
+        plan[-1].append(index)
+    return plan
+
+
+def collate(ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Pad to the longest on the right. Padding is masked, so its id does not matter; 0 is in every vocabulary.
+
+    >>> batch = collate([[5, 6], [7]])
+    >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist()
+    ([[5, 6], [7, 0]], [[1, 1], [1, 0]])
+    """
+    width = max(len(row) for row in ids)
+    return {
+        "input_ids": torch.tensor([[*row, *[0] * (width - len(row))] for row in ids]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids]),
+    }
+
+
+def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return the batch on `device`."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Model
+# ----------------------------------------------------------------------------------------------------------------------
+
+LONGEST_BUDGET = 1e7  # tokens; no model thinks longer, and exp() of a wild prediction stays finite
+
+
+def last_token(hidden: Tensor, lengths: Tensor) -> Tensor:
+    """Return the hidden state of the last real token of each row, (B, D).
+
+    Its position comes from the lengths, never from a token id: where the padding token is also the end-of-text token,
+    a search for the id stops inside the text (https://github.com/huggingface/transformers/issues/35352).
+
+    Args:
+        hidden: (B, T, D), real tokens first.
+        lengths: (B,), real tokens in each row.
+    """
+    return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+
+
+def build_head(width: int, dropout: float) -> nn.Sequential:
+    """Return the head, (B, D) -> (B, 1). Its last layer starts at zero, so that a fresh model predicts the median."""
+    head = nn.Sequential(
+        nn.Linear(width, 1024), nn.LayerNorm(1024), nn.ReLU(), nn.Dropout(dropout),
+        nn.Linear(1024, 256), nn.LayerNorm(256), nn.ReLU(), nn.Dropout(dropout),
+        nn.Linear(256, 1),
+    )
+    nn.init.zeros_(head[-1].weight)  # type: ignore[arg-type]
+    nn.init.zeros_(head[-1].bias)  # type: ignore[arg-type]
+    return head
+
+
+def explain_loading(name: str, error: Exception) -> UserError:
+    """Return what to do about a backbone or tokenizer that does not load."""
+    reason = str(error).strip().split("\n")[0]
+    return UserError(
+        f"cannot load {name}: {reason}\n"
+        f"  On the hub: accept the licence at https://huggingface.co/{name}, then run `hf auth login`.\n"
+        "  Offline: give a local folder with --model_name."
+    )
+
+
+def load_tokenizer(name: str) -> Any:
+    """Return the backbone's tokenizer. It needs no padding token: `collate` pads."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise explain_loading(name, error) from None
+
+
+def load_backbone(name: str, dtype: torch.dtype) -> Any:
+    """Return the backbone without a language-modelling head, its weights in `dtype`."""
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if config.is_encoder_decoder:
+            raise UserError(f"{name} is an encoder-decoder: use a decoder or an encoder")
+        backbone = AutoModel.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise explain_loading(name, error) from None
+    backbone.config.use_cache = False  # a cache costs memory, and with packed inputs lets examples see each other
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = None  # BERT's: we pool ourselves, and an unused weight has no gradient
+    return backbone
+
+
+def add_adapters(backbone: Any, cfg: Config) -> Any:
+    """Return the backbone frozen, with LoRA adapters (https://arxiv.org/abs/2106.09685) in float32."""
+    from peft import LoraConfig, get_peft_model
+
+    linears = sorted({name.rsplit(".", 1)[-1] for name, module in backbone.named_modules()
+                      if getattr(module, "weight", None) is not None and module.weight.ndim == 2
+                      and not isinstance(module, nn.Embedding)})
+    unknown = [name for name in cfg["lora_target_modules"] if name not in linears]
+    if unknown:
+        raise UserError(f"lora_target_modules: {', '.join(unknown)} not in {cfg['model_name']}, "
+                        f"whose linear layers are {', '.join(linears)}")
+    return get_peft_model(backbone, LoraConfig(
+        r=cfg["lora_r"], lora_alpha=cfg["lora_alpha"], lora_dropout=cfg["lora_dropout"],
+        target_modules=list(cfg["lora_target_modules"]),
+    ))
+
+
+def fingerprint_weights(backbone: nn.Module) -> str:
+    """Return a hash of names, shapes and some values of the backbone: adapters fit no other one, and load on many.
+
+    Values are hashed as bf16, so that the same weights loaded as float32 on a CPU give the same hash.
+    """
+    digest = hashlib.sha256()
+    for name, weight in backbone.named_parameters():
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, len(flat) // 64)].to(torch.bfloat16).view(torch.int16)
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class BudgetRegressionModel(nn.Module):
+    """A backbone, its adapters and a regression head: token ids in, reasoning tokens out.
+
+    Args:
+        config: CONFIG or another mapping with its keys.
+        dtype: of the frozen backbone and of the arithmetic inside it: bf16 on a GPU, float32 elsewhere (the default
+            looks at the machine). Whatever is trained is kept in float32: bf16 weights under AdamW at small learning
+            rates do not move.
+
+    Raises:
+        UserError: the backbone cannot be loaded, or the configuration does not fit it.
+    """
+
+    target_offset: Tensor
+    target_scale: Tensor
+
+    def __init__(self, config: Config, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+        self.tokenizer = load_tokenizer(config["model_name"])
+        self.prompt_template = PROMPT_TEMPLATE
+        self.max_length = config["max_length"]
+        self.max_tokens = config["max_tokens_per_micro_batch"]
+        self.log_target = config["target_transform"] == "log"
+        self.huber_delta = config["huber_delta"]
+
+        backbone = load_backbone(config["model_name"], self.dtype if config["lora_r"] else torch.float32)
+        self._check_max_length(getattr(backbone.config, "max_position_embeddings", None) or self.max_length)
+        self.backbone_fingerprint = fingerprint_weights(backbone)
+        if config["activation_checkpointing"] == "on":
+            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.head = build_head(backbone.config.get_text_config().hidden_size, config["head_dropout"])
+        self.backbone = add_adapters(backbone, config) if config["lora_r"] else backbone
+        # The head's output is in units of target_scale around target_offset, in tokens or their logarithm.
+        self.register_buffer("target_offset", torch.tensor(0.0))
+        self.register_buffer("target_scale", torch.tensor(1.0))
+        self.register_state_dict_post_hook(self._drop_frozen)
+
+    def _check_max_length(self, longest: int) -> None:
+        template = encode(self.tokenizer, [""], self.max_length, self.prompt_template)[0][0]
+        if not 2 * len(template) <= self.max_length <= longest:
+            raise UserError(f"max_length must be between {2 * len(template)} (twice the template) and {longest} "
+                            f"(the backbone's positions), got {self.max_length}")
+
+    def set_target(self, median_budget: float) -> None:
+        """Centre the output on the training median, in units of `huber_delta` tokens seen from there."""
+        if self.log_target:
+            self.target_offset.fill_(math.log(median_budget))
+            self.target_scale.fill_(math.log1p(self.huber_delta / median_budget))
+        else:
+            self.target_offset.fill_(median_budget)
+            self.target_scale.fill_(self.huber_delta)
+
+    def to_scaled(self, tokens: Tensor) -> Tensor:
+        """Return budgets in tokens, (B,), as the head sees them, (B,)."""
+        return ((tokens.log() if self.log_target else tokens) - self.target_offset) / self.target_scale
+
+    def to_tokens(self, scaled: Tensor) -> Tensor:
+        """Return the head's output, (B,), in tokens, (B,): at least 1."""
+        target = self.target_offset + self.target_scale * scaled
+        tokens = target.clamp(max=math.log(LONGEST_BUDGET)).exp() if self.log_target else target
+        return tokens.clamp(1.0, LONGEST_BUDGET)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, *, scaled: bool = False) -> Tensor:
+        """Return the predicted budgets in tokens, (B,).
+
+        Args:
+            input_ids: (B, T), padded on either side.
+            attention_mask: (B, T), 1 for real tokens.
+            scaled: return the head's output instead, which the loss works on.
+        """
+        # Left padding would shift absolute positions: real tokens first, and no column that is padding throughout.
+        lengths = attention_mask.sum(dim=1)
+        columns = attention_mask.argsort(dim=1, descending=True, stable=True)[:, : int(lengths.max())]
+        input_ids, attention_mask = input_ids.gather(1, columns), attention_mask.gather(1, columns)
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+            hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        with torch.autocast(input_ids.device.type, enabled=False):  # bf16 outputs would step by 0.4 %
+            output = self.head(last_token(hidden, lengths).float()).squeeze(-1)
+        return output if scaled else self.to_tokens(output)
+
+    def predict(self, queries: Sequence[str]) -> list[float]:
+        """Return the budget of each query in tokens, in the order given. Round up for a request field."""
+        if isinstance(queries, str):
+            raise TypeError("predict takes a list of queries, not one string")
+        ids, _ = encode(self.tokenizer, queries, self.max_length, self.prompt_template)
+        was_training = self.training
+        try:
+            return predict_encoded(self.eval(), ids, self.max_tokens).tolist()
+        finally:
+            self.train(was_training)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, device: str = "auto", model_name: str = "") -> BudgetRegressionModel:
+        """Return a trained model on `device`, in eval mode, with its tokenizer.
+
+        Args:
+            path: a checkpoint that training wrote.
+            device: "auto" (an accelerator if there is one), or a torch device.
+            model_name: where the backbone is now, if not where it was in training.
+
+        Raises:
+            UserError: the file is not a whole checkpoint, or belongs to another backbone or head.
+        """
+        checkpoint = read_checkpoint(Path(path))
+        cfg = {**CONFIG, **checkpoint["config"], "activation_checkpointing": "off"}
+        cfg["model_name"] = model_name or cfg["model_name"]
+        place = pick_device() if device == "auto" else torch.device(device)
+        model = cls(cfg, dtype=torch.bfloat16 if place.type == "cuda" else torch.float32)
+        model.restore(checkpoint, Path(path), cfg["model_name"])
+        return model.to(place).eval()
+
+    def restore(self, checkpoint: Mapping[str, Any], path: Path, model_name: str) -> None:
+        """Load adapters, head and template from a checkpoint after checking that they belong to this backbone."""
+        if checkpoint["backbone_fingerprint"] != self.backbone_fingerprint:
+            raise UserError(f"{path} was trained on another backbone than {model_name} as it is now "
+                            f"(it says {checkpoint['config']['model_name']})")
+        try:
+            self.load_state_dict(checkpoint["model_state_dict"])
+        except RuntimeError as error:
+            raise UserError(f"{path} does not fit this model: {error}") from None
+        self.prompt_template = checkpoint["prompt_template"]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load adapters and head, strict on those; the frozen backbone is not in a checkpoint."""
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [key for key in result.missing_keys if key in self.state_dict()]
+        if strict and (missing or result.unexpected_keys):
+            raise RuntimeError(f"missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}")
+        return result
+
+    @staticmethod
+    def _drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+        """Keep what training changes, adapters, head and buffers: 0.2 GB of the 3B model instead of 6.6."""
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                state_dict.pop(prefix + name, None)
+
+
+@torch.inference_mode()
+def predict_encoded(model: BudgetRegressionModel, ids: Sequence[list[int]], max_tokens: int, *, title: str = "",
+                    share: tuple[int, int] = (0, 1), stop: StopSignal | None = None) -> np.ndarray:
+    """Return the predicted budgets of encoded queries in tokens, shape (N,), in the order given.
+
+    Args:
+        model: in eval mode.
+        ids: token ids of each query.
+        max_tokens: of a batch, padding included.
+        title: of the progress bar; empty = no bar.
+        share: (r, n): predict only every n-th batch from the r-th on, for process r of n; the other places stay 0.
+        stop: looked at after every batch.
+
+    Raises:
+        Stopped: a signal came.
+    """
+    device = next(model.parameters()).device
+    predicted = np.zeros(len(ids))
+    plan = plan_micro_batches([len(row) for row in ids], max_tokens)[share[0] :: share[1]]
+    with tqdm(total=len(ids), desc=title, leave=False, disable=None if title else True, unit=" queries") as bar:
+        for indices in plan:
+            batch = to_device(collate([ids[i] for i in indices]), device)
+            predicted[indices] = model(**batch).double().cpu().numpy()
+            bar.update(len(indices) * share[1])
+            if stop is not None and stop.number:
+                raise Stopped(stop.number)
+    return predicted
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Loss, schedule, optimizer
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def huber_sum(scaled: Tensor, target: Tensor, censored: Tensor) -> Tensor:
+    """Return the sum of the Huber losses over a micro-batch; the step divides by its count of examples.
+
+    Args:
+        scaled: (B,), predictions in units of huber_delta.
+        target: (B,), in the same units.
+        censored: (B,) bool; such a target is a lower bound, so predicting more than it costs nothing.
+    """
+    error = scaled - target
+    error = torch.where(censored, error.clamp(max=0), error)
+    return F.huber_loss(error, torch.zeros_like(error), reduction="sum")
+
+
+def warmup_length(cfg: Config, total_steps: int) -> int:
+    """Return the warm-up in optimizer steps, at most a tenth of the run: a short one would be all warm-up."""
+    wanted = round(cfg["warmup_ratio"] * total_steps) if cfg["warmup_ratio"] else cfg["warmup_steps"]
+    return min(wanted, total_steps // 10)
+
+
+def lr_factor(step: int, warmup: int, total_steps: int, schedule: str) -> float:
+    """Return the share of the peak learning rate at a step, counted from 0.
+
+    >>> [round(lr_factor(step, warmup=2, total_steps=6, schedule="linear"), 2) for step in range(6)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, total_steps - warmup)
+    return {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[schedule]
+
+
+def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """Return AdamW over what is trained; matrices decay, biases and norms do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=trained[0].is_cuda)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+Metrics = dict[str, Any]  # metric -> number, or None where it is not defined (a rank correlation with a constant)
+
+
+def regression_metrics(budget: np.ndarray, predicted: np.ndarray, censored: np.ndarray) -> Metrics:
+    """Return the error metrics of predicted budgets; shares are between 0 and 1, the rest is in tokens.
+
+    A censored budget is a lower bound: predicting less is an underrun, and nothing else can be said of such a row.
+
+    Args:
+        budget: (N,) tokens.
+        predicted: (N,) tokens.
+        censored: (N,) bool.
+
+    Returns:
+        rows, mae, rmse, mape, median_ape (median absolute percentage error), spearman, underrun_rate (predicted below
+        the budget), overrun_rate, mean_underrun and mean_overrun (tokens missing or left over in such rows).
+    """
+    from scipy.stats import spearmanr
+    from sklearn import metrics
+
+    under = np.maximum(budget - predicted, 0.0)
+    true, guess = budget[~censored], predicted[~censored]
+    over = np.maximum(guess - true, 0.0)
+    result: Metrics = {"rows": len(budget), "underrun_rate": float(np.mean(under > 0)),
+                       "mean_underrun": float(under[under > 0].mean()) if under.any() else 0.0}
+    if not len(true):
+        return result
+    varies = len(true) > 1 and np.ptp(true) > 0 and np.ptp(guess) > 0
+    return {
+        **result,
+        "overrun_rate": float(np.mean(over > 0)),
+        "mean_overrun": float(over[over > 0].mean()) if over.any() else 0.0,
+        "mae": float(metrics.mean_absolute_error(true, guess)),
+        "rmse": float(metrics.root_mean_squared_error(true, guess)),
+        "mape": float(metrics.mean_absolute_percentage_error(true, guess)),
+        "median_ape": float(np.median(np.abs(guess - true) / true)),
+        "spearman": float(spearmanr(true, guess).statistic) if varies else None,
+    }
+
+
+def fit_baselines(rows: Sequence[Row]) -> Callable[[Sequence[Row]], dict[str, np.ndarray]]:
+    """Fit what a GPU has to beat, and return a function from rows to each baseline's predictions in tokens.
+
+    The training median, and tf-idf of words and word pairs, digits and punctuation included, with ridge regression and
+    with boosted trees on the logarithm of the budget: each as strong as we could make it in a few lines.
+    """
+    from sklearn.ensemble import HistGradientBoostingRegressor
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import Ridge
+
+    rows = [row for row in rows if not row.censored] or rows
+    queries, budget = [row.query for row in rows], np.array([row.budget for row in rows])
+    settings = {"ngram_range": (1, 2), "sublinear_tf": True, "token_pattern": r"\w+|[^\w\s]", "dtype": np.float32}
+    wide = TfidfVectorizer(max_features=50_000, **settings).fit(queries)
+    narrow = TfidfVectorizer(max_features=1_000, **settings).fit(queries)  # trees want it dense
+    ridge = Ridge(alpha=1.0).fit(wide.transform(queries), np.log(budget))
+    trees = HistGradientBoostingRegressor(loss="absolute_error", random_state=0)
+    trees.fit(narrow.transform(queries).toarray(), np.log(budget))
+
+    def predict(others: Sequence[Row]) -> dict[str, np.ndarray]:
+        texts = [row.query for row in others]
+        return {
+            "tf-idf + trees": np.exp(trees.predict(narrow.transform(texts).toarray())),
+            "tf-idf + ridge": np.exp(ridge.predict(wide.transform(texts))),
+            "training median": np.full(len(texts), np.median(budget)),
+        }
+
+    return predict
+
+
+def build_report(rows: Sequence[Row], predicted: np.ndarray, baselines: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return the metrics over all rows, by domain, by budget decile, and of each baseline."""
+    budget, censored = np.array([row.budget for row in rows]), np.array([row.censored for row in rows], dtype=bool)
+    domains, deciles = np.array([row.domain for row in rows]), budget_deciles(budget)
+
+    def metrics_of(chosen: np.ndarray) -> Metrics:
+        bounds = {"min_budget": float(budget[chosen].min()), "max_budget": float(budget[chosen].max())}
+        return bounds | regression_metrics(budget[chosen], predicted[chosen], censored[chosen])
+
+    return {
+        "metrics": regression_metrics(budget, predicted, censored),
+        "baselines": {name: regression_metrics(budget, guess, censored) for name, guess in baselines.items()},
+        "by_domain": {str(name): metrics_of(domains == name) for name in np.unique(domains)},
+        "by_budget_decile": [metrics_of(deciles == decile) for decile in np.unique(deciles)],
+    }
+
+
+def format_metrics(name: str, metrics: Metrics) -> str:
+    """Return one line of a table, at most 80 columns."""
+    def number(key: str, form: str, factor: float = 1) -> str:
+        value = metrics.get(key)
+        return format("-" if value is None else format(value * factor, form), ">9")
+
+    return (f"  {name[:24]:<24}{metrics['rows']:>6,}{number('mae', ',.1f')}{number('median_ape', '.0f', 100)}"
+            f"{number('spearman', '.3f')}{number('underrun_rate', '.1f', 100)}{number('mean_underrun', ',.0f')}")
+
+
+def say_report(report: Mapping[str, Any], title: str, say: Callable[[str], None]) -> None:
+    """Print a report: the model beside the baselines, then by domain and by budget."""
+    headings = ("MAE", "MdAPE %", "Spearman", "under %", "by tokens")
+    say(f"\n{title[:26]:<26}{'rows':>6}" + "".join(f"{heading:>9}" for heading in headings))
+    say(format_metrics("budget model", report["metrics"]))
+    for name, metrics in report["baselines"].items():
+        say(format_metrics(name, metrics))
+    by_domain = sorted(report["by_domain"].items(), key=lambda item: -item[1]["rows"])
+    if len(by_domain) > 1:
+        say("by domain" + (f", the 10 largest of {len(by_domain)}" if len(by_domain) > 10 else ""))
+        for name, metrics in by_domain[:10]:
+            say(format_metrics(name or "(none)", metrics))
+    say("by true budget")
+    for metrics in report["by_budget_decile"]:
+        say(format_metrics(f"{metrics['min_budget']:,.0f} to {metrics['max_budget']:,.0f}", metrics))
+    mae = report["metrics"].get("mae")
+    better = [f"{name} ({each['mae']:,.1f})" for name, each in report["baselines"].items()
+              if mae is not None and each["mae"] <= mae]
+    if better:
+        say(f"NOT BETTER than {' and '.join(better)}: see \"When the error is high\" in the README")
+
+
+def write_report(report: Mapping[str, Any], rows: Sequence[Row], predicted: np.ndarray, stem: str, log_dir: str) -> str:
+    """Write DIR/STEM_metrics.json and, a line a row, DIR/STEM_predictions.jsonl; return where."""
+    write_json(Path(log_dir) / f"{stem}_metrics.json", report)
+    path = Path(log_dir) / f"{stem}_predictions.jsonl"
+    with atomic_file(path) as file:
+        for row, tokens in zip(rows, predicted.tolist(), strict=True):
+            file.write(json_line({**row.fields, "predicted_budget": round(tokens, 2)}))
+    return f"Written: {path} and {stem}_metrics.json"
+
+
+def plot_predictions(rows: Sequence[Row], predicted: np.ndarray, report: Mapping[str, Any], path: Path) -> None:
+    """Draw predicted against true budgets on logarithmic axes, a dot a row, as a PNG."""
+    from matplotlib.figure import Figure  # optional; `evaluate_command` says how to install it
+
+    figure = Figure(figsize=(6.4, 6.0), layout="constrained")
+    axes = figure.add_subplot(xscale="log", yscale="log")
+    axes.set(xlabel="true budget (tokens)", ylabel="predicted budget (tokens)")
+    # Colours and marks of Okabe and Ito's palette, told apart by colour-blind readers too.
+    looks = [("#0072B2", "o"), ("#E69F00", "^"), ("#009E73", "s"), ("#CC79A7", "D"), ("#56B4E9", "v"), ("#D55E00", "P")]
+    largest = sorted(report["by_domain"], key=lambda name: -report["by_domain"][name]["rows"])[: len(looks) - 1]
+    names = [row.domain if row.domain in largest else "other domains" for row in rows]
+    for name, (colour, mark) in zip([*largest, "other domains"], looks, strict=False):
+        at = [i for i, each in enumerate(names) if each == name]
+        if at:
+            axes.scatter([rows[i].budget for i in at], predicted[at], s=14, c=colour, marker=mark, alpha=0.5, lw=0,
+                         label=name or "queries")
+    ends = [min(predicted.min(), *(row.budget for row in rows)), max(predicted.max(), *(row.budget for row in rows))]
+    axes.plot(ends, ends, color="0.3", lw=1, label="predicted = true; starved below")
+    metrics = report["metrics"]
+    axes.set_title(f"{len(rows):,} queries: MAE {metrics['mae']:,.0f} tokens, Spearman {metrics['spearman'] or 0:.2f}")
+    axes.legend(frameon=False, fontsize=8)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=130)
+
+
+def evaluate_command(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
+    """Score a checkpoint on a file of rows, beside baselines fitted on the rows it was trained on."""
+    if args.plot and util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install matplotlib")
+    rows = list(usable_rows(args.data, True, args.on_bad_row, say))
+    cfg = {**CONFIG, **read_checkpoint(Path(args.checkpoint))["config"]}
+    cfg |= {key: getattr(args, key) for key in ("train_path", "log_dir") if getattr(args, key)}
+    if args.train_path and not Path(args.train_path).is_file():
+        raise UserError(f"cannot read {args.train_path}: no such file")
+    model = BudgetRegressionModel.from_checkpoint(args.checkpoint, model_name=args.model_name or "")
+    say(f"{args.checkpoint} on {describe_device(next(model.parameters()).device)}")
+    examples, n_cut = encode_rows(rows, model)
+    say(describe_rows(args.data, rows, n_cut))
+    started = time.perf_counter()
+    max_tokens = args.max_tokens_per_micro_batch or model.max_tokens
+    predicted = predict_encoded(model, examples.ids, max_tokens, title="evaluate")
+    seconds = time.perf_counter() - started
+
+    baselines: dict[str, np.ndarray] = {}
+    if Path(cfg["train_path"]).is_file():
+        train_rows = load_splits(cfg | {"test_path": "", "allow_leakage": True}, say=lambda _: None)["train"]
+        baselines = fit_baselines(train_rows)(rows)
+        trained_on = {row.query.strip() for row in train_rows}
+        n_known = sum(row.query.strip() in trained_on for row in rows)
+        if n_known:
+            say(f"WARNING: {n_known:,} of these queries were trained on: the figures flatter the model")
+    else:
+        say(f"No baselines: {cfg['train_path']} is not here; name the training rows with --train_path")
+    report = build_report(rows, predicted, baselines)
+    say_report(report, Path(args.data).name, say)
+    say(f"{len(rows):,} queries in {seconds:.1f} s")
+    say(write_report(report, rows, predicted, Path(args.data).stem, cfg["log_dir"]))
+    if args.plot:
+        plot_predictions(rows, predicted, report, Path(args.plot))
+        say(f"Drawn: {args.plot}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+CHECKPOINT_KEYS = (
+    "epoch", "model_state_dict", "val_mae", "val_metrics", "config", "prompt_template", "backbone_fingerprint",
+)
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is. With the seed it decides everything that follows: order, micro-batches and dropout masks."""
+
+    epoch: int = 0  # epochs completed
+    examples_seen: int = 0  # of the current epoch
+    step: int = 0  # optimizer steps done
+    evaluated_step: int = 0  # the last one that was validated
+    loss_sum: float = 0.0  # over the current epoch's examples
+    best_mae: float = math.inf
+    best_epoch: float = 0.0
+    validations_since_best: int = 0
+    seconds: float = 0.0  # spent in steps, over all starts
+    finished: bool = False
+
+
+@dataclasses.dataclass
+class Run:
+    """A training run: what it works on, and how it gets in and out of a checkpoint."""
+
+    cfg: Config
+    accelerator: Any
+    log: RunLog
+    stop: StopSignal
+    splits: dict[str, list[Row]]
+    examples: dict[str, Examples]
+    model: BudgetRegressionModel
+    parallel_model: nn.Module  # the model as accelerate wraps it for several processes
+    optimizer: Any
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    data_fingerprint: str
+    progress: Progress = dataclasses.field(default_factory=Progress)
+    val_metrics: Metrics = dataclasses.field(default_factory=dict)
+    last_save: float = dataclasses.field(default_factory=time.monotonic)
+
+    @property
+    def path(self) -> Path:
+        """The folder of the checkpoints."""
+        return Path(self.cfg["output_dir"])
+
+    @property
+    def step_size(self) -> int:
+        """Examples of an optimizer step, over all processes."""
+        return self.cfg["batch_size"] * self.cfg["grad_accum_steps"]
+
+    def save(self, name: str, *, resumable: bool = True) -> None:
+        """Write output_dir/NAME, whole or not at all; without the optimizer it is a third of the size."""
+        self.last_save = time.monotonic()
+        if not self.accelerator.is_main_process:
+            return
+        self.log.save()
+        payload: dict[str, Any] = {
+            "epoch": self.progress.epoch,
+            "model_state_dict": self.model.state_dict(),
+            "val_mae": self.val_metrics.get("mae"),
+            "val_metrics": self.val_metrics,
+            "config": dict(self.cfg),
+            "prompt_template": self.model.prompt_template,
+            "backbone_fingerprint": self.model.backbone_fingerprint,
+            "data_fingerprint": self.data_fingerprint,
+            "versions": versions(),
+        }
+        if resumable:
+            payload |= {
+                "optimizer_state_dict": self.optimizer.state_dict(),
+                "scheduler_state_dict": self.scheduler.state_dict(),
+                "progress": dataclasses.asdict(self.progress),
+                "history": self.log.history,
+            }
+        buffer = io.BytesIO()  # torch.save straight into a file ends the process on a full disk; writing bytes raises
+        torch.save(payload, buffer)
+        with atomic_file(self.path / name) as file:
+            file.write(buffer.getbuffer())
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint, exactly where it was.
+
+        Raises:
+            UserError: its run differs from this one in something that decides what is learnt.
+        """
+        checkpoint = read_checkpoint(path)
+        if "progress" not in checkpoint:
+            raise UserError(f"{path} has no optimizer state to go on from: resume from last.pt or an epoch_*.pt")
+        theirs = checkpoint["config"]
+        changed = [f"{key} was {theirs.get(key)!r}, is {self.cfg[key]!r}" for key in CONFIG
+                   if key not in FREE_ON_RESUME and theirs.get(key) != self.cfg[key]]
+        if checkpoint["data_fingerprint"] != self.data_fingerprint:
+            changed.append("the training or validation rows changed")
+        if changed:
+            raise UserError(f"{path} belongs to a run that differs: {'; '.join(changed)}\n"
+                            "  Go on with its settings, choose another --output_dir, or drop it with --overwrite.")
+        self.model.restore(checkpoint, path, self.cfg["model_name"])
+        self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        self.scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
+        self.progress = Progress(**checkpoint["progress"])
+        self.val_metrics = dict(checkpoint["val_metrics"])
+        self.log.history.update(checkpoint["history"])
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's content; only tensors, numbers, strings and containers are read, nothing is executed.
+
+    Raises:
+        UserError: there is no such file, or it is not a whole checkpoint of this program.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
+    except Exception as error:  # torch.load raises whatever its unpickler and zip reader meet in broken bytes
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path} is not a whole checkpoint ({reason[:100]}): use another one") from None
+    missing = [key for key in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if missing:
+        raise UserError(f"{path} is not a checkpoint of this program: it has no {', '.join(missing)}")
+    return checkpoint
+
+
+def checkpoint_to_resume(cfg: Config) -> Path | None:
+    """Return the checkpoint that the run goes on from, or None to start anew.
+
+    Raises:
+        UserError: a run stands in output_dir that would be overwritten.
+    """
+    folder, last = Path(cfg["output_dir"]), Path(cfg["output_dir"]) / "last.pt"
+    remedy = "choose another --output_dir, or replace it with --overwrite"
+    if not cfg["overwrite"] and any(folder.glob("*.pt")):
+        progress = read_checkpoint(last).get("progress", {}) if last.is_file() else {"finished": True}
+        if progress["finished"]:
+            raise UserError(f"{folder} holds a finished run: {remedy}")
+        if cfg["resume"] == "off":
+            raise UserError(f"{folder} holds an unfinished run: go on with --resume auto, {remedy}")
+    if cfg["resume"] not in ("auto", "off"):
+        return Path(cfg["resume"])
+    return last if last.is_file() and not cfg["overwrite"] else None
+
+
+def check_space(cfg: Config, model: BudgetRegressionModel) -> None:
+    """Raise a UserError if the checkpoints of this run will not fit on the disk."""
+    weights = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    full = 3 * weights  # with AdamW's two moments
+    # last.pt and the copy that replaces it, best_model.pt likewise, one file an epoch; a tenth for logs and the rest
+    needed = 1.1 * ((2 + cfg["num_epochs"]) * full + 2 * weights)
+    Path(cfg["output_dir"]).mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cfg["output_dir"]).free
+    if free < needed:
+        raise UserError(f"{cfg['output_dir']}: the checkpoints need {needed / 1e6:,.0f} MB, the disk has "
+                        f"{free / 1e6:,.0f} MB free: make room, or choose another --output_dir")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def describe_rows(name: str, rows: Sequence[Row], n_cut: int) -> str:
+    """Return one line of at most 80 columns: how many rows, and the quantiles of their budgets."""
+    low, middle, high, most = np.quantile([row.budget for row in rows], [0, 0.5, 0.9, 1])
+    cut = f"; {n_cut:,} cut" if n_cut else ""
+    return f"{name}: {len(rows):,} rows, budget {low:,.0f} / {middle:,.0f} / {high:,.0f} / {most:,.0f}{cut}"
+
+
+def accumulate_gradients(run: Run, indices: Sequence[int]) -> Tensor:
+    """Run one step's training examples forward and backward; return the sum of their losses in this process, ().
+
+    The gradient is the sum over all examples of the step divided by their count, however they are cut into
+    micro-batches and shared among processes.
+    """
+    examples, device, n_processes = run.examples["train"], run.accelerator.device, run.accelerator.num_processes
+    ranked = sorted(indices, key=lambda i: -len(examples.ids[i]))
+    mine = ranked[run.accelerator.process_index :: n_processes]
+    weight = 1.0 if mine else 0.0  # a process that got no example still takes part, with one that counts for nothing
+    mine = mine or ranked[:1]
+    plan = plan_micro_batches([len(examples.ids[i]) for i in mine], run.cfg["max_tokens_per_micro_batch"])
+    loss_sum = torch.zeros((), device=device)
+    for number, members in enumerate(plan, start=1):
+        chosen = [mine[i] for i in members]
+        batch = to_device(collate([examples.ids[i] for i in chosen]), device)
+        target = run.model.to_scaled(torch.tensor(examples.budget[chosen], dtype=torch.float32, device=device))
+        censored = torch.tensor(examples.censored[chosen], device=device)
+        is_last = number == len(plan)  # the processes exchange gradients once a step
+        with nullcontext() if is_last else run.accelerator.no_sync(run.parallel_model):
+            loss = weight * huber_sum(run.parallel_model(**batch, scaled=True), target, censored)
+            # Averaging over processes divides by their number, which is undone here.
+            run.accelerator.backward(loss * (n_processes / len(indices)))
+        loss_sum += loss.detach()
+    return loss_sum
+
+
+def train_step(run: Run, indices: Sequence[int]) -> int:
+    """Take one optimizer step on the training examples `indices` and record it; return a signal that came, or 0.
+
+    Raises:
+        UserError: the loss or the gradient is not finite; the weights are as they were before the step.
+    """
+    started, progress, accelerator = time.perf_counter(), run.progress, run.accelerator
+    # Dropout masks are a function of (seed, step, process): a resumed run draws the same ones with nothing stored.
+    stream = np.random.SeedSequence([run.cfg["seed"], progress.step, accelerator.process_index])
+    torch.manual_seed(int(stream.generate_state(1)[0]))
+    loss_sum = accumulate_gradients(run, indices)
+    # One exchange tells every process the loss, and a signal that any of them got.
+    status = accelerator.gather(torch.stack([loss_sum, torch.full_like(loss_sum, run.stop.number)])[None])
+    loss_total, signal_number = float(status[:, 0].sum()), int(status[:, 1].max())
+    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    norm = float(accelerator.clip_grad_norm_(trained, run.cfg["max_grad_norm"] or math.inf))
+    if not (math.isfinite(loss_total) and math.isfinite(norm)):
+        raise UserError(f"step {progress.step + 1}: the loss is {loss_total}, the gradient's norm {norm}; "
+                        "last.pt is from before.\n  Lower --learning_rate, or look for damaged weights in the backbone")
+    learning_rate = run.scheduler.get_last_lr()[0]
+    run.optimizer.step()
+    run.scheduler.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    progress.step += 1
+    progress.examples_seen += len(indices)
+    progress.loss_sum += loss_total
+    seconds = time.perf_counter() - started
+    progress.seconds += seconds
+    run.log.record("steps", progress.step, {
+        "epoch": progress.epoch + progress.examples_seen / len(run.splits["train"]), "loss": loss_total / len(indices),
+        "learning_rate": learning_rate, "grad_norm": norm, "seconds": seconds, "examples": len(indices),
+        "tokens": sum(len(run.examples["train"].ids[i]) for i in indices),
+    })
+    return signal_number
+
+
+def predict_shared(run: Run, split: str) -> np.ndarray:
+    """Return predictions for a whole split in tokens, (N,), in every process; each of them computes its share."""
+    accelerator = run.accelerator
+    share = (accelerator.process_index, accelerator.num_processes)
+    # A process that left alone would keep the others waiting: with several, a signal waits for the next step.
+    stop = run.stop if accelerator.num_processes == 1 else None
+    run.model.eval()
+    predicted = predict_encoded(run.model, run.examples[split].ids, run.cfg["max_tokens_per_micro_batch"],
+                                title=split if accelerator.is_main_process else "", share=share, stop=stop)
+    run.model.train()
+    together = accelerator.reduce(torch.tensor(predicted, dtype=torch.float32, device=accelerator.device), "sum")
+    result = together.cpu().double().numpy()
+    if not np.isfinite(result).all():
+        raise UserError(f"{split}: {np.sum(~np.isfinite(result)):,} predictions are not finite: lower --learning_rate")
+    return result
+
+
+def validate(run: Run) -> None:
+    """Score the model on the validation rows, say and record it, and keep it if it is the best so far."""
+    progress, examples = run.progress, run.examples["val"]
+    run.val_metrics = regression_metrics(examples.budget, predict_shared(run, "val"), examples.censored)
+    mae = run.val_metrics["mae"]
+    is_best = mae < progress.best_mae
+    epoch = progress.epoch + progress.examples_seen / len(run.splits["train"])
+    progress.evaluated_step = progress.step
+    progress.validations_since_best = 0 if is_best else progress.validations_since_best + 1
+    if is_best:
+        progress.best_mae, progress.best_epoch = mae, epoch
+    train_loss = progress.loss_sum / progress.examples_seen
+    run.log.say(f"Epoch {epoch:.3g}/{run.cfg['num_epochs']}  Train Loss: {train_loss:.4f}  Val MAE: {mae:,.2f} tokens"
+                + ("  <- New best!" if is_best else ""))
+    run.log.record("validations", progress.step, {"epoch": epoch, "train_loss": train_loss, **run.val_metrics})
+    if is_best:
+        run.save("best_model.pt", resumable=False)
+    run.save("last.pt")
+
+
+def out_of_patience(run: Run) -> bool:
+    """Return whether the validations have been without a new best for too long."""
+    return 0 < run.cfg["early_stopping_patience"] <= run.progress.validations_since_best
+
+
+def train_epoch(run: Run) -> None:
+    """Train to the end of the current epoch, validating where it is due.
+
+    Raises:
+        Stopped: a signal came.
+    """
+    cfg, progress, n_train = run.cfg, run.progress, len(run.splits["train"])
+    order = epoch_order(n_train, cfg["seed"], progress.epoch)
+    n_steps = math.ceil(n_train / run.step_size)
+    with tqdm(total=n_steps, initial=progress.examples_seen // run.step_size, desc=f"epoch {progress.epoch + 1}",
+              disable=None if run.accelerator.is_main_process else True, unit="step", leave=False) as bar:
+        while True:
+            done = progress.examples_seen == n_train
+            due = done or (cfg["eval_every"] and progress.step % cfg["eval_every"] == 0)
+            if due and progress.evaluated_step < progress.step:
+                validate(run)
+            if done or out_of_patience(run):
+                return
+            signal_number = train_step(run, order[progress.examples_seen : progress.examples_seen + run.step_size])
+            latest = run.log.history["steps"][-1]
+            bar.set_postfix(loss=f"{latest['loss']:.4f}", lr=f"{latest['learning_rate']:.1e}", refresh=False)
+            bar.update()
+            if bar.disable and progress.step % math.ceil(n_steps / 10) == 0:  # a file wants lines, not a bar
+                run.log.say(f"  step {progress.step:,}  loss {latest['loss']:.4f}  learning rate "
+                            f"{latest['learning_rate']:.1e}  {latest['examples'] / latest['seconds']:.1f} examples/s")
+            if signal_number:
+                raise Stopped(signal_number)
+            if time.monotonic() - run.last_save > 60 * cfg["save_every_minutes"]:
+                run.save("last.pt")
+
+
+def set_up(cfg: Config, accelerator: Any, log: RunLog) -> Run:
+    """Read the data, load the model, and take up an unfinished run; what can be refused is refused here."""
+    splits = load_splits(cfg, log.say)
+    to_resume = checkpoint_to_resume(cfg)
+    torch.manual_seed(cfg["seed"])  # of the head's and the adapters' first values
+    model = BudgetRegressionModel(cfg).to(accelerator.device)
+    check_space(cfg, model)
+    log.say("Rows, with minimum / median / 90 % quantile / maximum of the budgets in tokens")
+    examples = {}
+    for name, rows in splits.items():
+        examples[name], n_cut = encode_rows(rows, model)
+        log.say("  " + describe_rows(name, rows, n_cut))
+    model.set_target(float(np.median(examples["train"].budget)))
+
+    total_steps = math.ceil(len(splits["train"]) / (cfg["batch_size"] * cfg["grad_accum_steps"])) * cfg["num_epochs"]
+    warmup = warmup_length(cfg, total_steps)
+    shortened = not cfg["warmup_ratio"] and warmup < cfg["warmup_steps"]
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    log.say(f"Model  {cfg['model_name']}: {sum(sizes) / 1e6:,.1f} M parameters, {sum(trained) / 1e6:,.1f} M trained")
+    log.say(f"Plan   {total_steps:,} steps, {warmup:,} of them warm-up"
+            + (f" (a tenth of the run, not {cfg['warmup_steps']:,})" if shortened else ""))
+    optimizer = build_optimizer(model, cfg["learning_rate"], cfg["weight_decay"])
+    schedule = functools.partial(lr_factor, warmup=warmup, total_steps=total_steps, schedule=cfg["lr_schedule"])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+
+    log.history["config"] = dict(cfg)
+    parallel_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    run = Run(cfg, accelerator, log, StopSignal(), splits, examples, model, parallel_model, prepared_optimizer,
+              scheduler, fingerprint_rows(splits))
+    if to_resume is not None:
+        run.restore(to_resume)
+        log.say(f"Going on from {to_resume} at step {run.progress.step:,}")
+    elif accelerator.is_main_process:
+        for old in ("last.pt", "best_model.pt", *(path.name for path in run.path.glob("epoch_*.pt"))):
+            (run.path / old).unlink(missing_ok=True)  # of a run that --overwrite replaces
+    return run
+
+
+def train(cfg: Config) -> None:
+    """Train on the rows of cfg["train_path"], writing checkpoints to output_dir and the history to log_dir.
+
+    Raises:
+        UserError: the data, the settings or the machine do not allow it.
+        Stopped: a signal came; last.pt holds the run.
+    """
+    from accelerate import Accelerator
+
+    # The model's forward sets the precision itself, so that Python callers get the numbers that training measured.
+    tracker = None if cfg["tracker"] == "none" else cfg["tracker"]
+    accelerator = Accelerator(mixed_precision="no", log_with=tracker, project_dir=cfg["log_dir"])
+    log = RunLog(accelerator, cfg["log_dir"])
+    log.say(f"{'=' * 80}\nBudget model: how many reasoning tokens does a query need?\n{'=' * 80}")
+    log.say(f"Device {describe_device(accelerator.device)}; processes: {accelerator.num_processes}")
+    changed = ", ".join(f"{key} {cfg[key]}" for key, default in CONFIG.items() if cfg[key] != default)
+    log.say(textwrap.fill(f"Config {changed or 'as it stands'}", 80, subsequent_indent=" " * 7, break_on_hyphens=False))
+    run = set_up(cfg, accelerator, log)
+    if tracker:
+        accelerator.init_trackers("budget-model", {key: str(value) for key, value in cfg.items()})
+    run.stop.listen()
+    run.model.train()
+    try:
+        while run.progress.epoch < cfg["num_epochs"] and not out_of_patience(run):
+            train_epoch(run)
+            if run.progress.examples_seen == len(run.splits["train"]):  # not where patience ran out on the way
+                run.progress.epoch, run.progress.examples_seen, run.progress.loss_sum = run.progress.epoch + 1, 0, 0.0
+                run.save(f"epoch_{run.progress.epoch}.pt")
+                run.save("last.pt")
+        report_run(run)
+        run.progress.finished = True
+        run.save("last.pt")
+    except Stopped as stopped:
+        run.save("last.pt")
+        name = signal.Signals(stopped.args[0]).name
+        log.say(f"Stopped by {name} at step {run.progress.step:,} and saved: the same command goes on from here")
+        raise
+    finally:
+        accelerator.end_training()
+
+
+def report_run(run: Run) -> None:
+    """Score the best checkpoint on validation and test rows, beside the baselines, and say how good the run was."""
+    cfg, progress, log, path = run.cfg, run.progress, run.log, run.path / "best_model.pt"
+    run.accelerator.wait_for_everyone()
+    run.model.restore(read_checkpoint(path), path, cfg["model_name"])
+    predicted = {split: predict_shared(run, split) for split in ("val", "test") if split in run.splits}
+    if not run.accelerator.is_main_process:
+        return
+    baselines = fit_baselines(run.splits["train"])
+    for split, tokens in predicted.items():
+        rows = run.splits[split]
+        report = build_report(rows, tokens, baselines(rows))
+        say_report(report, "validation" if split == "val" else split, log.say)
+        log.say(write_report(report, rows, tokens, split, cfg["log_dir"]))
+        log.history[split] = {**report["metrics"], "baselines": report["baselines"]}
+    underrun = 100 * log.history["val"]["underrun_rate"]
+    log.say(f"\nBest Val MAE: {progress.best_mae:,.2f} tokens, after epoch {progress.best_epoch:.3g}: {path}")
+    for name, value, excellent, good, poor in (("MAE", progress.best_mae, 500, 750, 1500),
+                                               ("Underrun %", underrun, 60, 70, 80)):
+        verdict = next((word for word, limit in (("excellent", excellent), ("good", good), ("fair", poor))
+                        if value < limit), "needs improvement")
+        log.say(f"  {name} {value:,.1f}: {verdict}  "
+                f"(< {excellent} excellent, < {good} good, >= {poor} needs improvement)")
+    tokens_per_s = sum(entry["tokens"] for entry in log.history["steps"]) / max(progress.seconds, 1e-9)
+    gpu = f"; peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
+    log.say(f"Trained for {progress.seconds / 60:.1f} minutes, {tokens_per_s:,.0f} tokens/s{gpu}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. Prediction
+# ----------------------------------------------------------------------------------------------------------------------
+
+WINDOW = 4096  # rows held in memory at once; sorted by length among themselves
+
+
+def predict_file(model: BudgetRegressionModel, path: str, n_rows: int, output: IO[bytes]) -> None:
+    """Write every usable row of a file with its predicted_budget, in whole tokens rounded up, in the same order."""
+    rows = (item for item in iter_rows(path, labelled=False) if isinstance(item, Row))
+    with tqdm(total=n_rows, desc="predict", disable=None, unit=" queries") as bar:
+        while window := list(itertools.islice(rows, WINDOW)):
+            budgets = model.predict([row.query for row in window])
+            for row, budget in zip(window, budgets, strict=True):
+                output.write(json_line({**row.fields, "predicted_budget": math.ceil(budget)}))
+            bar.update(len(window))
+
+
+def predict_command(args: argparse.Namespace) -> None:
+    """Print the budgets of the queries given as arguments, or write those of a file."""
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    n_rows = 0
+    if args.input:  # read to the end before the weights are loaded, so that a bad row costs no time
+        n_rows = sum(1 for _ in usable_rows(args.input, False, args.on_bad_row, say))
+    empty = [number for number, query in enumerate(args.queries, start=1) if not query.strip()]
+    if empty:
+        raise UserError(f"query {empty[0]} is empty")
+    model = BudgetRegressionModel.from_checkpoint(args.checkpoint, model_name=args.model_name or "")
+    model.max_tokens = args.max_tokens_per_micro_batch or model.max_tokens
+    if not args.input:
+        for query, budget in zip(args.queries, model.predict(args.queries), strict=True):
+            print(f"{math.ceil(budget)}\t{' '.join(query.split())}")
+    elif args.output:
+        with atomic_file(Path(args.output)) as file:
+            predict_file(model, args.input, n_rows, file)
+        say(f"Written: {args.output}, {n_rows:,} rows")
+    else:
+        predict_file(model, args.input, n_rows, sys.stdout.buffer)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 11. Entry
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def quieten_libraries() -> None:
+    """Silence what other packages print: our own lines say what a user needs."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments.pop(0) if arguments[:1] in (["train"], ["evaluate"], ["predict"]) else "train"
+    try:
+        if command == "train":
+            cfg = parse_train_arguments(arguments)
+            quieten_libraries()
+            train(cfg)
+        else:
+            args = parse_command(command, arguments)
+            quieten_libraries()
+            (evaluate_command if command == "evaluate" else predict_command)(args)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # one message, whatever the number of processes
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        return 128 + int(stopped.args[0])
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
