@@ -79,7 +79,7 @@ CONFIG: dict[str, Any] = {
     "model_name": "meta-llama/Llama-3.2-3B-Instruct",  # name on the Hugging Face hub, or a local folder
     "lora_r": 32,                          # rank of the adapters; 0 = train the whole backbone (small ones only)
     "lora_alpha": 64,                      # an adapter's output is scaled by lora_alpha / lora_r
-    "lora_dropout": 0.05,
+    "lora_dropout": 0.05,                  # before each adapter; the backbone's own dropout is off
     "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "head_dropout": 0.1,                   # after each of the head's two hidden layers
     "target_transform": "tokens",          # tokens | log = learn the logarithm: relative errors count, not absolute
@@ -697,7 +697,10 @@ def load_backbone(name: str, dtype: torch.dtype) -> Any:
         config = AutoConfig.from_pretrained(name)
         if config.is_encoder_decoder:
             raise UserError(f"{name} is an encoder-decoder: use a decoder or an encoder")
-        backbone = AutoModel.from_pretrained(name, dtype=dtype)
+        for key, value in vars(config).items():
+            if "dropout" in key and isinstance(value, float):
+                setattr(config, key, 0.0)  # adapters and head have their own; more of it only blurs a regression
+        backbone = AutoModel.from_pretrained(name, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
         raise explain_loading(name, error) from None
     backbone.config.use_cache = False  # a cache costs memory, and with packed inputs lets examples see each other
