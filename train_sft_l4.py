@@ -66,7 +66,7 @@ from tqdm import tqdm
 
 CONFIG: dict[str, Any] = {
     # --- data: JSONL, one {"query": "...", "optimal_budget": 512} a line ---
-    "train_path": "data/train.jsonl",
+    "train_path": "data/train.jsonl",      # what is learnt
     "val_path": "data/val.jsonl",          # chooses the best epoch; no such file: val_fraction of the training rows
     "test_path": "data/test.jsonl",        # scored once, at the end, with the best checkpoint; no such file: skipped
     "val_fraction": 0.1,                   # share of the training rows held out when there is no val_path file
@@ -80,14 +80,14 @@ CONFIG: dict[str, Any] = {
     "lora_r": 32,                          # rank of the adapters; 0 = train the whole backbone (small ones only)
     "lora_alpha": 64,                      # an adapter's output is scaled by lora_alpha / lora_r
     "lora_dropout": 0.05,                  # before each adapter; the backbone's own dropout is off
-    "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],  # adapted
     "head_dropout": 0.1,                   # after each of the head's two hidden layers
     "target_transform": "tokens",          # tokens | log = learn the logarithm: relative errors count, not absolute
 
     # --- optimization: every optimizer step sees batch_size * grad_accum_steps examples, on any number of GPUs ---
     "batch_size": 2,                       # only the product of these two matters: micro-batches are cut by tokens,
     "grad_accum_steps": 16,                # see max_tokens_per_micro_batch
-    "num_epochs": 3,
+    "num_epochs": 3,                       # passes over the training rows; the best checkpoint is kept
     "learning_rate": 2e-4,                 # peak, of adapters and head alike
     "lr_schedule": "linear",               # after the warm-up: linear (to 0) | cosine (to 0) | constant
     "warmup_steps": 500,                   # optimizer steps; never more than a tenth of the run
@@ -98,18 +98,18 @@ CONFIG: dict[str, Any] = {
 
     # --- speed and memory ---
     "max_tokens_per_micro_batch": 1536,    # padding included; halve it when memory runs out, results stay the same
-    "activation_checkpointing": "off",     # on = recompute activations: about a third slower, far less memory
+    "activation_checkpointing": "off",     # on = recompute activations in the backward pass: slower, far less memory
 
     # --- evaluation, saving, logging ---
     "eval_every": 0,                       # optimizer steps between validations; 0 = at the end of each epoch only
     "early_stopping_patience": 0,          # stop after this many validations without a new best; 0 = never
     "save_every_minutes": 5.0,             # between writes of last.pt; it is also written after each validation
-    "output_dir": "checkpoints",
-    "log_dir": "logs",
+    "output_dir": "checkpoints",           # for best_model.pt, last.pt and epoch_1.pt, ...
+    "log_dir": "logs",                     # for training_history.json, the figures and the predictions
     "resume": "auto",                      # auto = go on with an unfinished run in output_dir | off | a checkpoint
     "overwrite": False,                    # True: start anew although output_dir holds a run
     "tracker": "none",                     # none | tensorboard | wandb | trackio, beside logs/training_history.json
-    "seed": 42,
+    "seed": 42,                            # of the first weights, the order of the rows and the dropout masks
 }
 
 # What the backbone reads. A query that is too long loses tokens from its middle, never from this template.
@@ -176,7 +176,7 @@ def read_config_file(path: str) -> dict[str, Any]:
             continue
         wanted = type(CONFIG[key])
         name = "a list of strings" if wanted is list else wanted.__name__
-        if wanted is float and type(value) is int:
+        if wanted is float and type(value) is int and abs(value) < 2**53:  # beyond it, no float is the same number
             overrides[key] = float(value)
         elif type(value) is not wanted or (wanted is list and not all(isinstance(item, str) for item in value)):
             problems.append(f"{key} must be {name}, got {value!r}")
@@ -218,19 +218,25 @@ def parse_train_arguments(argv: Sequence[str]) -> dict[str, Any]:
 
 def validate_config(cfg: Config) -> None:
     """Raise one UserError that names every value that cannot work."""
+    infinite = [f"{key} must be finite, got {value}" for key, value in cfg.items()
+                if isinstance(value, float) and not math.isfinite(value)]
+    if infinite:
+        raise UserError("; ".join(infinite))
     problems = [f"{key} must be one of {', '.join(choices)}, got {cfg[key]!r}" for key, choices in CHOICES.items()
                 if cfg[key] not in choices]
     at_least = {
         "max_length": 16, "batch_size": 1, "grad_accum_steps": 1, "num_epochs": 1, "max_tokens_per_micro_batch": 1,
-        "lora_r": 0, "lora_alpha": 1, "warmup_steps": 0, "warmup_ratio": 0, "weight_decay": 0, "max_grad_norm": 0,
+        "lora_r": 0, "lora_alpha": 1, "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0,
         "max_train_examples": 0, "eval_every": 0, "early_stopping_patience": 0, "save_every_minutes": 0, "seed": 0,
     }
     problems += [f"{key} must be at least {low}, got {cfg[key]}"
                  for key, low in at_least.items() if not cfg[key] >= low]
     problems += [f"{key} must be greater than 0, got {cfg[key]}"
-                 for key in ("learning_rate", "huber_delta") if not 0 < cfg[key] < math.inf]
+                 for key in ("learning_rate", "huber_delta") if not cfg[key] > 0]
     problems += [f"{key} must be at least 0 and below 1, got {cfg[key]}"
                  for key in ("lora_dropout", "head_dropout", "warmup_ratio") if not 0 <= cfg[key] < 1]
+    if cfg["seed"] >= 2**32:
+        problems.append(f"seed must be below 2**32, got {cfg['seed']}")
     if not 0 < cfg["val_fraction"] <= 0.5:
         problems.append(f"val_fraction must be above 0 and at most 0.5, got {cfg['val_fraction']}")
     problems += [f"{key} must not be empty" for key in ("train_path", "model_name", "output_dir", "log_dir",
@@ -307,7 +313,9 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
     It is written beside its place, flushed to the disk, then renamed: a kill or a full disk leaves the old file.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -358,6 +366,11 @@ class StopSignal:
             signal.signal(each, signal.SIG_DFL)
 
 
+def forget_stdout() -> None:
+    """Send standard output nowhere from now on: whoever read it is gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class RunLog:
     """What a run says and records: lines on the console, training_history.json, and a tracker if one is set."""
 
@@ -369,8 +382,11 @@ class RunLog:
     def say(self, text: str = "") -> None:
         """Print a line, once, whatever the number of processes; a progress bar stays below it."""
         if self.accelerator.is_main_process:
-            tqdm.write(text)
-            sys.stdout.flush()  # into a file or a pipe as it happens
+            try:
+                tqdm.write(text)
+                sys.stdout.flush()  # into a file or a pipe as it happens
+            except BrokenPipeError:  # `| tee train.log` ended by the same Ctrl-C: the run still has to be saved
+                forget_stdout()
 
     def record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append a record to the history and send its numbers to the tracker."""
@@ -387,6 +403,9 @@ class RunLog:
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Data: rows, splits, encoding, micro-batches
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+LONGEST_BUDGET = 1e7  # tokens; no model thinks longer, and exp() of a wild prediction stays finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -423,12 +442,14 @@ def parse_row(line: bytes, place: str, labelled: bool) -> Row:
     budget: Any = fields.get(name) if labelled else math.nan
     if labelled and (type(budget) not in (int, float) or not 0 < budget < sys.float_info.max):
         raise ValueError(f"{name} must be a finite number > 0, got {show(budget)}")
-    censored = fields.get("censored") or False
-    if not isinstance(censored, bool):
+    if budget > LONGEST_BUDGET:
+        raise ValueError(f"{name} must be at most {LONGEST_BUDGET:,.0f}, got {show(budget)}")
+    censored = fields.get("censored")
+    if not isinstance(censored, (bool, type(None))):
         raise ValueError(f"censored must be true or false, got {show(censored)}")
     domain, group = (fields.get(key) for key in ("domain", "group"))
     return Row(query, float(budget), "" if domain is None else str(domain), query if group is None else str(group),
-               censored, fields, place)
+               bool(censored), fields, place)
 
 
 def show(value: Any) -> str:
@@ -484,24 +505,30 @@ def usable_rows(path: str, labelled: bool, on_bad_row: str, say: Callable[[str],
 def hold_out(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Split rows into training and validation by group, the same share of every budget decile.
 
-    The order inside a decile is a hash of (seed, group): the split is the same on every machine and hardly moves when
-    rows are added.
+    The order inside a decile is a hash of (seed, group): the split is the same on every machine, whatever the order of
+    the file, and hardly moves when rows are added.
     """
     groups: dict[str, list[float]] = {}
     for row in rows:
         groups.setdefault(row.group, []).append(row.budget)
-    medians = {group: float(np.median(budgets)) for group, budgets in groups.items()}
-    decile_of = budget_deciles(list(medians.values()))
-    deciles: dict[int, list[str]] = {}
-    for group, decile in zip(medians, decile_of, strict=True):
-        deciles.setdefault(int(decile), []).append(group)
+    by_decile: list[list[str]] = [[] for _ in range(10)]
+    for group, decile in zip(groups, budget_deciles([float(np.median(each)) for each in groups.values()]), strict=True):
+        by_decile[decile].append(group)
     held_out: set[str] = set()
-    for members in deciles.values():
-        members.sort(key=lambda group: hashlib.sha256(f"{seed}/{group}".encode("utf-8", "replace")).digest())
-        held_out.update(members[: round(len(members) * fraction)])
+    n_before = 0
+    for members in by_decile:
+        # The running total is rounded, not each decile's share: a small file gives something up too.
+        n_wanted = math.floor(0.5 + fraction * (n_before + len(members))) - math.floor(0.5 + fraction * n_before)
+        held_out.update(sorted(members, key=functools.partial(stable_hash, seed))[:n_wanted])
+        n_before += len(members)
     if not held_out or len(held_out) == len(groups):
         raise UserError(f"cannot hold out {fraction:.0%} of {len(groups)} groups for validation: write a val_path file")
     return [row for row in rows if row.group not in held_out], [row for row in rows if row.group in held_out]
+
+
+def stable_hash(seed: int, text: str) -> bytes:
+    """Return a hash that is the same in every process and on every machine."""
+    return hashlib.sha256(f"{seed}/{text}".encode("utf-8", "replace")).digest()
 
 
 def budget_deciles(budgets: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -516,9 +543,12 @@ def refuse_leakage(train: Sequence[Row], others: Sequence[Row]) -> None:
     for row in train:
         seen.setdefault(row.query.strip(), row.place)
         seen.setdefault(row.group.strip(), row.place)
-    leaks = [f"{row.place}: same {what} as {seen[key]}" for row in others
-             for what, key in (("query", row.query.strip()), ("group", row.group.strip())) if key in seen]
-    leaks = list({leak.split(": ")[0]: leak for leak in reversed(leaks)}.values())[::-1]  # one line a row
+    leaks = []
+    for row in others:
+        for what, text in (("query", row.query), ("group", row.group)):
+            if text.strip() in seen:
+                leaks.append(f"{row.place}: same {what} as {seen[text.strip()]}")
+                break
     if leaks:
         raise UserError(f"{len(leaks):,} rows leak from the training set (remove them, or --allow_leakage):\n"
                         f"{listing(leaks, len(leaks))}")
@@ -530,11 +560,11 @@ def load_splits(cfg: Config, say: Callable[[str], None]) -> dict[str, list[Row]]
     for name in ("val", "test"):
         if Path(cfg[f"{name}_path"]).is_file():
             splits[name] = list(usable_rows(cfg[f"{name}_path"], True, cfg["on_bad_row"], say))
-    if not cfg["allow_leakage"]:
-        refuse_leakage(splits["train"], [row for name in ("val", "test") for row in splits.get(name, [])])
     if "val" not in splits:
         say(f"No file {cfg['val_path']}: holding out {cfg['val_fraction']:.0%} of the training rows")
         splits["train"], splits["val"] = hold_out(splits["train"], cfg["val_fraction"], cfg["seed"])
+    if not cfg["allow_leakage"]:
+        refuse_leakage(splits["train"], [row for name in ("val", "test") for row in splits.get(name, [])])
     if 0 < cfg["max_train_examples"] < len(splits["train"]):
         chosen = random.Random(cfg["seed"]).sample(range(len(splits["train"])), cfg["max_train_examples"])
         splits["train"] = [splits["train"][i] for i in sorted(chosen)]
@@ -601,21 +631,42 @@ def epoch_order(n_examples: int, seed: int, epoch: int) -> list[int]:
     return np.random.default_rng([seed, epoch]).permutation(n_examples).tolist()
 
 
-def plan_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cut examples into micro-batches of similar length, each of at most `max_tokens` tokens, padding included.
+def plan_micro_batches(lengths: Sequence[int], max_tokens: int, overhead: int = 32) -> list[list[int]]:
+    """Cut examples, longest first, into micro-batches of similar length with the least work in all.
 
-    An example longer than `max_tokens` gets a micro-batch of its own. The longest come first, so that memory runs out
-    at once if it does.
+    Args:
+        lengths: tokens of each example.
+        max_tokens: of a micro-batch, padding included; a longer example gets a micro-batch of its own.
+        overhead: what a micro-batch costs beside its tokens, in tokens: it weighs padding against many small ones.
 
     >>> plan_micro_batches([3, 9, 4, 8], max_tokens=18)
     [[1, 3], [2, 0]]
     """
-    plan: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not plan or lengths[plan[-1][0]] * (len(plan[-1]) + 1) > max_tokens:
-            plan.append([])
-        plan[-1].append(index)
-    return plan
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    least, begin_of = [0], [0]  # over the first n examples: the least work, and where its last micro-batch begins
+    for end in range(1, len(order) + 1):
+        options = []
+        for begin in range(end - 1, -1, -1):
+            tokens = (end - begin) * lengths[order[begin]]
+            if tokens > max_tokens and begin < end - 1:
+                break
+            options.append((least[begin] + tokens + overhead, begin))
+        work, begin = min(options)
+        least.append(work)
+        begin_of.append(begin)
+    plan, end = [], len(order)
+    while end:
+        plan.append(order[begin_of[end] : end])
+        end = begin_of[end]
+    return plan[::-1]
+
+
+def micro_batch_overhead(device: torch.device) -> int:
+    """Return the overhead that `plan_micro_batches` reckons with, in tokens.
+
+    A GPU reads all weights and launches all kernels anew for each micro-batch; a CPU is busy with few tokens already.
+    """
+    return 32 if device.type == "cpu" else 512
 
 
 def collate(ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
@@ -640,8 +691,6 @@ def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Te
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Model
 # ----------------------------------------------------------------------------------------------------------------------
-
-LONGEST_BUDGET = 1e7  # tokens; no model thinks longer, and exp() of a wild prediction stays finite
 
 
 def last_token(hidden: Tensor, lengths: Tensor) -> Tensor:
@@ -672,6 +721,10 @@ def build_head(width: int, dropout: float) -> nn.Sequential:
 def explain_loading(name: str, error: Exception) -> UserError:
     """Return what to do about a backbone or tokenizer that does not load."""
     reason = str(error).strip().split("\n")[0]
+    if Path(name).is_dir():
+        return UserError(f"cannot load the backbone in the folder {name}: {reason}")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return UserError(f"there is no folder {name} to load the backbone from: give another --model_name")
     return UserError(
         f"cannot load {name}: {reason}\n"
         f"  On the hub: accept the licence at https://huggingface.co/{name}, then run `hf auth login`.\n"
@@ -679,34 +732,34 @@ def explain_loading(name: str, error: Exception) -> UserError:
     )
 
 
-def load_tokenizer(name: str) -> Any:
-    """Return the backbone's tokenizer. It needs no padding token: `collate` pads."""
-    from transformers import AutoTokenizer
+def load_tokenizer_and_backbone(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Return the tokenizer, and the backbone without a language-modelling head, its weights in `dtype`.
+
+    Raises:
+        UserError: it cannot be loaded; the message says what to do.
+    """
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise explain_loading(name, error) from None
-
-
-def load_backbone(name: str, dtype: torch.dtype) -> Any:
-    """Return the backbone without a language-modelling head, its weights in `dtype`."""
-    from transformers import AutoConfig, AutoModel
-
-    try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)  # first: the quickest to tell that there is no access
         if config.is_encoder_decoder:
             raise UserError(f"{name} is an encoder-decoder: use a decoder or an encoder")
         for key, value in vars(config).items():
             if "dropout" in key and isinstance(value, float):
                 setattr(config, key, 0.0)  # adapters and head have their own; more of it only blurs a regression
-        backbone = AutoModel.from_pretrained(name, config=config, dtype=dtype)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        backbone, info = AutoModel.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
+        missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]  # we pool ourselves
+        if missing:  # transformers would go on with random values
+            raise UserError(f"cannot load {name}: its files lack {len(missing)} weights, the first {missing[0]}")
+    except UserError:
+        raise
+    except Exception as error:  # whatever the readers of several formats meet in a damaged or foreign folder
         raise explain_loading(name, error) from None
     backbone.config.use_cache = False  # a cache costs memory, and with packed inputs lets examples see each other
     if getattr(backbone, "pooler", None) is not None:
-        backbone.pooler = None  # BERT's: we pool ourselves, and an unused weight has no gradient
-    return backbone
+        backbone.pooler = None  # BERT's: an unused weight has no gradient
+    return tokenizer, backbone
 
 
 def add_adapters(backbone: Any, cfg: Config) -> Any:
@@ -758,14 +811,14 @@ class BudgetRegressionModel(nn.Module):
     def __init__(self, config: Config, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-        self.tokenizer = load_tokenizer(config["model_name"])
         self.prompt_template = PROMPT_TEMPLATE
         self.max_length = config["max_length"]
         self.max_tokens = config["max_tokens_per_micro_batch"]
         self.log_target = config["target_transform"] == "log"
         self.huber_delta = config["huber_delta"]
 
-        backbone = load_backbone(config["model_name"], self.dtype if config["lora_r"] else torch.float32)
+        weights_dtype = self.dtype if config["lora_r"] else torch.float32
+        self.tokenizer, backbone = load_tokenizer_and_backbone(config["model_name"], weights_dtype)
         self._check_max_length(getattr(backbone.config, "max_position_embeddings", None) or self.max_length)
         self.backbone_fingerprint = fingerprint_weights(backbone)
         if config["activation_checkpointing"] == "on":
@@ -896,7 +949,7 @@ def predict_encoded(model: BudgetRegressionModel, ids: Sequence[list[int]], max_
     """
     device = next(model.parameters()).device
     predicted = np.zeros(len(ids))
-    plan = plan_micro_batches([len(row) for row in ids], max_tokens)[share[0] :: share[1]]
+    plan = plan_micro_batches([len(row) for row in ids], max_tokens, micro_batch_overhead(device))[share[0] :: share[1]]
     with tqdm(total=len(ids), desc=title, leave=False, disable=None if title else True, unit=" queries") as bar:
         for indices in plan:
             batch = to_device(collate([ids[i] for i in indices]), device)
@@ -925,10 +978,13 @@ def huber_sum(scaled: Tensor, target: Tensor, censored: Tensor) -> Tensor:
     return F.huber_loss(error, torch.zeros_like(error), reduction="sum")
 
 
-def warmup_length(cfg: Config, total_steps: int) -> int:
-    """Return the warm-up in optimizer steps, at most a tenth of the run: a short one would be all warm-up."""
+def warmup_length(cfg: Config, total_steps: int) -> tuple[int, int]:
+    """Return the warm-up in optimizer steps, and what was asked for.
+
+    It is at most a tenth of the run: a short run would be all warm-up.
+    """
     wanted = round(cfg["warmup_ratio"] * total_steps) if cfg["warmup_ratio"] else cfg["warmup_steps"]
-    return min(wanted, total_steps // 10)
+    return min(wanted, total_steps // 10), wanted
 
 
 def lr_factor(step: int, warmup: int, total_steps: int, schedule: str) -> float:
@@ -1044,13 +1100,18 @@ def build_report(rows: Sequence[Row], predicted: np.ndarray, baselines: Mapping[
     }
 
 
+def one_line(text: str) -> str:
+    """Return text from a data file so that any console can print it on one line."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
+
+
 def format_metrics(name: str, metrics: Metrics) -> str:
     """Return one line of a table, at most 80 columns."""
     def number(key: str, form: str, factor: float = 1) -> str:
         value = metrics.get(key)
         return format("-" if value is None else format(value * factor, form), ">9")
 
-    return (f"  {name[:24]:<24}{metrics['rows']:>6,}{number('mae', ',.1f')}{number('median_ape', '.0f', 100)}"
+    return (f"  {one_line(name)[:24]:<24}{metrics['rows']:>6,}{number('mae', ',.1f')}{number('median_ape', '.0f', 100)}"
             f"{number('spearman', '.3f')}{number('underrun_rate', '.1f', 100)}{number('mean_underrun', ',.0f')}")
 
 
@@ -1073,7 +1134,7 @@ def say_report(report: Mapping[str, Any], title: str, say: Callable[[str], None]
     better = [f"{name} ({each['mae']:,.1f})" for name, each in report["baselines"].items()
               if mae is not None and each["mae"] <= mae]
     if better:
-        say(f"NOT BETTER than {' and '.join(better)}: see \"When the error is high\" in the README")
+        say(f"NOT BETTER than {', '.join(better)}\n(README: When the error is high)")
 
 
 def write_report(report: Mapping[str, Any], rows: Sequence[Row], predicted: np.ndarray, stem: str, log_dir: str) -> str:
@@ -1101,14 +1162,29 @@ def plot_predictions(rows: Sequence[Row], predicted: np.ndarray, report: Mapping
         at = [i for i, each in enumerate(names) if each == name]
         if at:
             axes.scatter([rows[i].budget for i in at], predicted[at], s=14, c=colour, marker=mark, alpha=0.5, lw=0,
-                         label=name or "queries")
+                         label=one_line(name) or "queries")
     ends = [min(predicted.min(), *(row.budget for row in rows)), max(predicted.max(), *(row.budget for row in rows))]
     axes.plot(ends, ends, color="0.3", lw=1, label="predicted = true; starved below")
-    metrics = report["metrics"]
-    axes.set_title(f"{len(rows):,} queries: MAE {metrics['mae']:,.0f} tokens, Spearman {metrics['spearman'] or 0:.2f}")
-    axes.legend(frameon=False, fontsize=8)
+    mae, spearman = report["metrics"].get("mae"), report["metrics"].get("spearman")
+    axes.set_title(f"{len(rows):,} queries" + (f", MAE {mae:,.0f} tokens" if mae is not None else "")
+                   + (f", Spearman {spearman:.2f}" if spearman is not None else ""))
+    for text in axes.legend(frameon=False, fontsize=8).get_texts():
+        text.set_parse_math(False)  # a domain's name is a name, not a formula
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=130)
+
+
+def rows_trained_on(cfg: Config, data_fingerprint: str, say: Callable[[str], None]) -> list[Row]:
+    """Return the rows a checkpoint was trained on; where they cannot be told any more, its whole training file."""
+    def quiet(_: str) -> None:
+        pass
+
+    with suppress(UserError):
+        splits = load_splits({**cfg, "test_path": "", "allow_leakage": True}, quiet)
+        if fingerprint_rows(splits) == data_fingerprint:
+            return splits["train"]
+    say(f"NOTE: {cfg['train_path']} or {cfg['val_path']} is not what the run had: baselines see all of the former")
+    return list(usable_rows(cfg["train_path"], True, "skip", quiet))
 
 
 def evaluate_command(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
@@ -1116,7 +1192,8 @@ def evaluate_command(args: argparse.Namespace, say: Callable[[str], None] = prin
     if args.plot and util.find_spec("matplotlib") is None:
         raise UserError("--plot needs matplotlib: pip install matplotlib")
     rows = list(usable_rows(args.data, True, args.on_bad_row, say))
-    cfg = {**CONFIG, **read_checkpoint(Path(args.checkpoint))["config"]}
+    checkpoint = read_checkpoint(Path(args.checkpoint))
+    cfg = {**CONFIG, **checkpoint["config"]}
     cfg |= {key: getattr(args, key) for key in ("train_path", "log_dir") if getattr(args, key)}
     if args.train_path and not Path(args.train_path).is_file():
         raise UserError(f"cannot read {args.train_path}: no such file")
@@ -1131,10 +1208,10 @@ def evaluate_command(args: argparse.Namespace, say: Callable[[str], None] = prin
 
     baselines: dict[str, np.ndarray] = {}
     if Path(cfg["train_path"]).is_file():
-        train_rows = load_splits(cfg | {"test_path": "", "allow_leakage": True}, say=lambda _: None)["train"]
+        train_rows = rows_trained_on(cfg, checkpoint["data_fingerprint"], say)
         baselines = fit_baselines(train_rows)(rows)
-        trained_on = {row.query.strip() for row in train_rows}
-        n_known = sum(row.query.strip() in trained_on for row in rows)
+        known = {row.query.strip() for row in train_rows}
+        n_known = sum(row.query.strip() in known for row in rows)
         if n_known:
             say(f"WARNING: {n_known:,} of these queries were trained on: the figures flatter the model")
     else:
@@ -1154,6 +1231,7 @@ def evaluate_command(args: argparse.Namespace, say: Callable[[str], None] = prin
 
 CHECKPOINT_KEYS = (
     "epoch", "model_state_dict", "val_mae", "val_metrics", "config", "prompt_template", "backbone_fingerprint",
+    "data_fingerprint",
 )
 
 
@@ -1237,9 +1315,7 @@ class Run:
         Raises:
             UserError: its run differs from this one in something that decides what is learnt.
         """
-        checkpoint = read_checkpoint(path)
-        if "progress" not in checkpoint:
-            raise UserError(f"{path} has no optimizer state to go on from: resume from last.pt or an epoch_*.pt")
+        checkpoint = read_checkpoint(path, resumable=True)
         theirs = checkpoint["config"]
         changed = [f"{key} was {theirs.get(key)!r}, is {self.cfg[key]!r}" for key in CONFIG
                    if key not in FREE_ON_RESUME and theirs.get(key) != self.cfg[key]]
@@ -1256,22 +1332,26 @@ class Run:
         self.log.history.update(checkpoint["history"])
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, *, resumable: bool = False) -> dict[str, Any]:
     """Return a checkpoint's content; only tensors, numbers, strings and containers are read, nothing is executed.
 
     Raises:
         UserError: there is no such file, or it is not a whole checkpoint of this program.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        path.open("rb").close()
     except OSError as error:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its unpickler and zip reader meet in broken bytes
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path} is not a whole checkpoint ({reason[:100]}): use another one") from None
     missing = [key for key in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise UserError(f"{path} is not a checkpoint of this program: it has no {', '.join(missing)}")
+    if resumable and "progress" not in checkpoint:
+        raise UserError(f"{path} has no optimizer state to go on from: resume from last.pt or an epoch_*.pt")
     return checkpoint
 
 
@@ -1282,16 +1362,34 @@ def checkpoint_to_resume(cfg: Config) -> Path | None:
         UserError: a run stands in output_dir that would be overwritten.
     """
     folder, last = Path(cfg["output_dir"]), Path(cfg["output_dir"]) / "last.pt"
+    is_named = cfg["resume"] not in ("auto", "off")
+    if cfg["overwrite"] or not any(folder.glob("*.pt")):
+        return Path(cfg["resume"]) if is_named else None
     remedy = "choose another --output_dir, or replace it with --overwrite"
-    if not cfg["overwrite"] and any(folder.glob("*.pt")):
-        progress = read_checkpoint(last).get("progress", {}) if last.is_file() else {"finished": True}
-        if progress["finished"]:
-            raise UserError(f"{folder} holds a finished run: {remedy}")
-        if cfg["resume"] == "off":
-            raise UserError(f"{folder} holds an unfinished run: go on with --resume auto, {remedy}")
-    if cfg["resume"] not in ("auto", "off"):
-        return Path(cfg["resume"])
-    return last if last.is_file() and not cfg["overwrite"] else None
+    finished = False
+    try:
+        finished = read_checkpoint(last, resumable=True)["progress"]["finished"]
+    except UserError as error:
+        if not is_named:  # a named checkpoint goes on whatever became of last.pt
+            raise UserError(f"{folder} holds checkpoints, but {error}\n  Name one with --resume, {remedy}") from None
+    if finished:
+        raise UserError(f"{folder} holds a finished run: {remedy}")
+    if cfg["resume"] == "off":
+        raise UserError(f"{folder} holds an unfinished run: go on with --resume auto, {remedy}")
+    return Path(cfg["resume"]) if is_named else last
+
+
+def check_folders(cfg: Config) -> None:
+    """Raise a UserError if a folder to write into is not one, or must not be written."""
+    for key in ("output_dir", "log_dir"):
+        existing = nearest_existing(Path(cfg[key]))
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise UserError(f"{key} {cfg[key]}: cannot write into {existing}")
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return the path, or the first folder above it that exists."""
+    return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
 
 
 def check_space(cfg: Config, model: BudgetRegressionModel) -> None:
@@ -1300,8 +1398,7 @@ def check_space(cfg: Config, model: BudgetRegressionModel) -> None:
     full = 3 * weights  # with AdamW's two moments
     # last.pt and the copy that replaces it, best_model.pt likewise, one file an epoch; a tenth for logs and the rest
     needed = 1.1 * ((2 + cfg["num_epochs"]) * full + 2 * weights)
-    Path(cfg["output_dir"]).mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cfg["output_dir"]).free
+    free = shutil.disk_usage(nearest_existing(Path(cfg["output_dir"]))).free
     if free < needed:
         raise UserError(f"{cfg['output_dir']}: the checkpoints need {needed / 1e6:,.0f} MB, the disk has "
                         f"{free / 1e6:,.0f} MB free: make room, or choose another --output_dir")
@@ -1330,7 +1427,8 @@ def accumulate_gradients(run: Run, indices: Sequence[int]) -> Tensor:
     mine = ranked[run.accelerator.process_index :: n_processes]
     weight = 1.0 if mine else 0.0  # a process that got no example still takes part, with one that counts for nothing
     mine = mine or ranked[:1]
-    plan = plan_micro_batches([len(examples.ids[i]) for i in mine], run.cfg["max_tokens_per_micro_batch"])
+    lengths = [len(examples.ids[i]) for i in mine]
+    plan = plan_micro_batches(lengths, run.cfg["max_tokens_per_micro_batch"], micro_batch_overhead(device))
     loss_sum = torch.zeros((), device=device)
     for number, members in enumerate(plan, start=1):
         chosen = [mine[i] for i in members]
@@ -1458,6 +1556,7 @@ def train_epoch(run: Run) -> None:
 def set_up(cfg: Config, accelerator: Any, log: RunLog) -> Run:
     """Read the data, load the model, and take up an unfinished run; what can be refused is refused here."""
     splits = load_splits(cfg, log.say)
+    check_folders(cfg)
     to_resume = checkpoint_to_resume(cfg)
     torch.manual_seed(cfg["seed"])  # of the head's and the adapters' first values
     model = BudgetRegressionModel(cfg).to(accelerator.device)
@@ -1470,13 +1569,12 @@ def set_up(cfg: Config, accelerator: Any, log: RunLog) -> Run:
     model.set_target(float(np.median(examples["train"].budget)))
 
     total_steps = math.ceil(len(splits["train"]) / (cfg["batch_size"] * cfg["grad_accum_steps"])) * cfg["num_epochs"]
-    warmup = warmup_length(cfg, total_steps)
-    shortened = not cfg["warmup_ratio"] and warmup < cfg["warmup_steps"]
+    warmup, wanted = warmup_length(cfg, total_steps)
     sizes = [parameter.numel() for parameter in model.parameters()]
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     log.say(f"Model  {cfg['model_name']}: {sum(sizes) / 1e6:,.1f} M parameters, {sum(trained) / 1e6:,.1f} M trained")
     log.say(f"Plan   {total_steps:,} steps, {warmup:,} of them warm-up"
-            + (f" (a tenth of the run, not {cfg['warmup_steps']:,})" if shortened else ""))
+            + (f" (a tenth of the run, not {wanted:,})" if warmup < wanted else ""))
     optimizer = build_optimizer(model, cfg["learning_rate"], cfg["weight_decay"])
     schedule = functools.partial(lr_factor, warmup=warmup, total_steps=total_steps, schedule=cfg["lr_schedule"])
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
@@ -1488,9 +1586,13 @@ def set_up(cfg: Config, accelerator: Any, log: RunLog) -> Run:
     if to_resume is not None:
         run.restore(to_resume)
         log.say(f"Going on from {to_resume} at step {run.progress.step:,}")
+        if not (run.path / "best_model.pt").is_file():
+            run.progress.best_mae = math.inf
+            log.say(f"No best_model.pt in {run.path}: the best from here on will be kept")
     elif accelerator.is_main_process:
         for old in ("last.pt", "best_model.pt", *(path.name for path in run.path.glob("epoch_*.pt"))):
             (run.path / old).unlink(missing_ok=True)  # of a run that --overwrite replaces
+        run.save("last.pt")  # a disk or folder that cannot be written shows now, and any kill from here can be resumed
     return run
 
 
@@ -1539,8 +1641,12 @@ def report_run(run: Run) -> None:
     """Score the best checkpoint on validation and test rows, beside the baselines, and say how good the run was."""
     cfg, progress, log, path = run.cfg, run.progress, run.log, run.path / "best_model.pt"
     run.accelerator.wait_for_everyone()
-    run.model.restore(read_checkpoint(path), path, cfg["model_name"])
-    predicted = {split: predict_shared(run, split) for split in ("val", "test") if split in run.splits}
+    latest = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    try:
+        run.model.restore(read_checkpoint(path), path, cfg["model_name"])
+        predicted = {split: predict_shared(run, split) for split in ("val", "test") if split in run.splits}
+    finally:
+        run.model.load_state_dict(latest)  # what last.pt has to hold, also if a signal came
     if not run.accelerator.is_main_process:
         return
     baselines = fit_baselines(run.splits["train"])
@@ -1556,8 +1662,7 @@ def report_run(run: Run) -> None:
                                                ("Underrun %", underrun, 60, 70, 80)):
         verdict = next((word for word, limit in (("excellent", excellent), ("good", good), ("fair", poor))
                         if value < limit), "needs improvement")
-        log.say(f"  {name} {value:,.1f}: {verdict}  "
-                f"(< {excellent} excellent, < {good} good, >= {poor} needs improvement)")
+        log.say(f"  {name} {value:,.1f}: {verdict} (excellent < {excellent}, good < {good}, poor >= {poor})")
     tokens_per_s = sum(entry["tokens"] for entry in log.history["steps"]) / max(progress.seconds, 1e-9)
     gpu = f"; peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
     log.say(f"Trained for {progress.seconds / 60:.1f} minutes, {tokens_per_s:,.0f} tokens/s{gpu}")
@@ -1588,6 +1693,8 @@ def predict_command(args: argparse.Namespace) -> None:
 
     n_rows = 0
     if args.input:  # read to the end before the weights are loaded, so that a bad row costs no time
+        if Path(args.input).exists() and not Path(args.input).is_file():
+            raise UserError(f"cannot read {args.input} twice: give a file, not a pipe or a folder")
         n_rows = sum(1 for _ in usable_rows(args.input, False, args.on_bad_row, say))
     empty = [number for number, query in enumerate(args.queries, start=1) if not query.strip()]
     if empty:
@@ -1596,7 +1703,7 @@ def predict_command(args: argparse.Namespace) -> None:
     model.max_tokens = args.max_tokens_per_micro_batch or model.max_tokens
     if not args.input:
         for query, budget in zip(args.queries, model.predict(args.queries), strict=True):
-            print(f"{math.ceil(budget)}\t{' '.join(query.split())}")
+            print(f"{math.ceil(budget)}\t{one_line(query)}")
     elif args.output:
         with atomic_file(Path(args.output)) as file:
             predict_file(model, args.input, n_rows, file)
@@ -1612,10 +1719,13 @@ def predict_command(args: argparse.Namespace) -> None:
 
 def quieten_libraries() -> None:
     """Silence what other packages print: our own lines say what a user needs."""
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1631,6 +1741,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args = parse_command(command, arguments)
             quieten_libraries()
             (evaluate_command if command == "evaluate" else predict_command)(args)
+            sys.stdout.flush()  # a reader that is gone shows here, not in the interpreter's last moments
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # one message, whatever the number of processes
             print(f"error: {error}", file=sys.stderr)
@@ -1639,6 +1750,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + int(stopped.args[0])
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `| head` has seen enough
+        forget_stdout()
     return 0
 
 

@@ -47,10 +47,10 @@ DEMO_CONFIG = {
     "output_dir": "checkpoints/demo",
     "log_dir": "logs/demo",
     "lora_r": 0,
-    "num_epochs": 8,
+    "num_epochs": 6,
     "learning_rate": 0.001,
     "target_transform": "log",
-    "max_tokens_per_micro_batch": 4096,
+    "max_tokens_per_micro_batch": 1024,
 }
 
 # Llama 3's pre-tokenizer, for ASCII: a word with the space before it, up to three digits, a run of punctuation with the

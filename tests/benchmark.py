@@ -1,0 +1,532 @@
+"""Measure training speed: the real training step beside two common recipes, on one backbone and the same rows.
+
+    python tests/benchmark.py                        # a small random Llama; a few minutes on two CPU cores
+    python tests/benchmark.py --backbone 3b          # Llama-3.2-3B's shape, random weights, in 22 GiB of GPU memory
+    python tests/benchmark.py --backbone FOLDER      # any local backbone, for example data/demo/backbone
+    python tests/benchmark.py --profile              # no comparison: where the time of our step goes
+
+The contenders take turns in one process, round by round after a warm-up round, each on the round's own rows; what is
+compared is the ratio within a round, so that a machine that drifts favours none of them. Every step has 32 examples:
+
+    ours      train_step of train_sft_l4.py: micro-batches cut by tokens, whatever the script does at the moment
+    classic   every query padded to 512 tokens, 16 micro-batches of 2, activation checkpointing; same model and loss
+    trainer   Trainer.train() of transformers with a sequence classification model, 4 micro-batches of 8, each padded
+              to its longest query; its time is that of its steps, without start-up and without making batches
+
+All have the same LoRA. Ours and classic compute the same loss and gradient, which is checked first; the Trainer's
+head is one linear layer and its loss the squared error, as they come. It writes tests/benchmark_results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # this file is run by its path, from any folder
+
+import train_sft_l4 as script  # noqa: E402
+
+# The head of attention is hidden_size / num_attention_heads wide: 64 and 128.
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+              "intermediate_size": 1408, "vocab_size": 8192, "max_position_embeddings": 2048},
+    # https://huggingface.co/meta-llama/Llama-3.2-3B-Instruct/blob/main/config.json
+    "3b": {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8,
+           "intermediate_size": 8192, "vocab_size": 128256, "max_position_embeddings": 131072,
+           "tie_word_embeddings": True,
+           "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
+                               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}},
+}
+MAX_LENGTH = 512  # tokens
+STEP_SIZE = 32  # examples of an optimizer step
+CLASSIC_BATCH = 2  # examples of a micro-batch of the classic recipe
+GPU_MEMORY = 22 * 2**30  # bytes; what a 24 GB L4 leaves to one process
+# Largest relative difference of loss and of gradient between ours and classic. They add the same numbers in another
+# order, which bf16's 8 bits of mantissa show.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+
+
+@dataclass
+class Contender:
+    """A recipe, and what was measured of it."""
+
+    title: str
+    model: nn.Module
+    visit: Callable[[Sequence[int]], list[float]]  # trains on these examples; the seconds of each of its steps
+    optimizer: Callable[[], Any]  # the Trainer makes its own in its first round
+    seconds: list[float] = field(default_factory=list)  # a round's mean step
+    computed_tokens: int = 0  # by the backbone, padding included
+    peak_bytes: int = 0
+    failure: str = ""
+
+    def held(self) -> dict[int, int]:
+        """Return the bytes of each tensor that stays between its turns, by the tensor's identity."""
+        optimizer = self.optimizer()
+        states = optimizer.state.values() if optimizer is not None else []
+        tensors = [*self.model.parameters(), *self.model.buffers(),
+                   *(value for state in states for value in state.values() if isinstance(value, Tensor))]
+        return {id(tensor): tensor.nbytes for tensor in tensors}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows and backbones
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_rows(n_rows: int, median_tokens: float, vocab_size: int, seed: int) -> script.Examples:
+    """Return random token ids, their lengths lognormal with sigma 0.5, and random budgets."""
+    rng = np.random.default_rng(seed)
+    lengths = np.clip(np.rint(rng.lognormal(math.log(median_tokens), 0.5, n_rows)), 4, MAX_LENGTH).astype(int)
+    ids = [rng.integers(3, vocab_size, length).tolist() for length in lengths]  # 0 to 2 are special tokens
+    return script.Examples(ids, rng.lognormal(math.log(1000), 1.0, n_rows), np.zeros(n_rows, dtype=bool))
+
+
+def write_backbone(shape: dict[str, Any], folder: str, with_weights: bool) -> None:
+    """Write a Llama of this shape with random weights, and a tokenizer that spells bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+    config = LlamaConfig(**shape, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    if with_weights:
+        torch.manual_seed(0)
+        LlamaModel(config).save_pretrained(folder)
+    else:
+        config.save_pretrained(folder)
+    letters = ["<pad>", "<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>",
+                            eos_token="<eos>").save_pretrained(folder)
+
+
+def share_weights(folder: str, device: torch.device) -> None:
+    """Let every later load from `folder` in this process return new modules around one set of bf16 weights.
+
+    Three copies of 6.4 GB would leave no room in 22 GiB. The weights are random and made on the device.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+    with device:
+        backbone = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    weights = {id(parameter): parameter for parameter in backbone.parameters()}
+
+    def load(*_args: Any, **_options: Any) -> nn.Module:
+        return copy.deepcopy(backbone, dict(weights))  # what stands in the memo is taken as it is, not copied
+
+    def load_classifier(*_args: Any, dtype: torch.dtype, **options: Any) -> nn.Module:
+        config = AutoConfig.from_pretrained(folder, **options)
+        with torch.device("meta"):
+            classifier = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+        classifier.model = load()
+        classifier.score = nn.Linear(config.hidden_size, config.num_labels, bias=False, device=device, dtype=dtype)
+        return classifier
+
+    AutoModel.from_pretrained = load
+    AutoModelForSequenceClassification.from_pretrained = load_classifier
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The contenders
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def timed(step: Callable[[Sequence[int]], Any], indices: Sequence[int]) -> list[float]:
+    """Call `step` on each optimizer step's examples; return the seconds of each call."""
+    seconds = []
+    for start in range(0, len(indices), STEP_SIZE):
+        wait_for_device()
+        started = time.perf_counter()
+        step(indices[start : start + STEP_SIZE])
+        wait_for_device()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def wait_for_device() -> None:
+    """Return when the accelerator, if there is one, has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def make_run(cfg: script.Config, examples: script.Examples, log_dir: str) -> script.Run:
+    """Return a training run as `set_up` makes it, on rows that are token ids already."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision="no")
+    model = script.BudgetRegressionModel(cfg).to(accelerator.device)
+    model.set_target(float(np.median(examples.budget)))
+    optimizer = script.build_optimizer(model, cfg["learning_rate"], cfg["weight_decay"])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    rows = [script.Row("", float(budget), "", "", False, {}, "") for budget in examples.budget]
+    parallel_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    return script.Run(
+        cfg=cfg, accelerator=accelerator, log=script.RunLog(accelerator, log_dir), stop=script.StopSignal(),
+        splits={"train": rows}, examples={"train": examples}, model=model, parallel_model=parallel_model,
+        optimizer=prepared_optimizer, scheduler=scheduler, data_fingerprint="",
+    )
+
+
+def classic_gradients(model: script.BudgetRegressionModel, examples: script.Examples, indices: Sequence[int]) -> Tensor:
+    """Run a step's examples forward and backward, 2 at a time, all padded to 512; return the sum of losses, ().
+
+    It calls backbone and head itself: the model's own forward would drop the columns that are padding throughout.
+    """
+    device, loss_sum = next(model.parameters()).device, torch.zeros(())
+    for start in range(0, len(indices), CLASSIC_BATCH):
+        chosen = indices[start : start + CLASSIC_BATCH]
+        rows = [examples.ids[i] for i in chosen]
+        input_ids = torch.tensor([row + [0] * (MAX_LENGTH - len(row)) for row in rows], device=device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        mask = (torch.arange(MAX_LENGTH, device=device) < lengths[:, None]).long()
+        with torch.autocast(device.type, torch.bfloat16, enabled=model.dtype is torch.bfloat16):
+            hidden = model.backbone(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        output = model.head(script.last_token(hidden, lengths).float()).squeeze(-1)
+        target = model.to_scaled(torch.tensor(examples.budget[chosen], dtype=torch.float32, device=device))
+        loss = script.huber_sum(output, target, torch.zeros_like(target, dtype=torch.bool))
+        (loss / len(indices)).backward()
+        loss_sum += loss.detach().cpu()
+    return loss_sum
+
+
+def make_classic(cfg: script.Config, examples: script.Examples, device: torch.device) -> Contender:
+    """Return the recipe that most scripts for this task use."""
+    model = script.BudgetRegressionModel({**cfg, "activation_checkpointing": "on"}).to(device)
+    model.set_target(float(np.median(examples.budget)))
+    optimizer = script.build_optimizer(model, cfg["learning_rate"], cfg["weight_decay"])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def step(indices: Sequence[int]) -> None:
+        classic_gradients(model, examples, indices)
+        nn.utils.clip_grad_norm_(trained, cfg["max_grad_norm"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Contender(f"padded to {MAX_LENGTH}, recomputing", model.train(), lambda indices: timed(step, indices),
+                     lambda: optimizer)
+
+
+def make_trainer(cfg: script.Config, examples: script.Examples, device: torch.device, n_steps: int,
+                 batch_size: int, scratch: str) -> Contender:
+    """Return what the transformers documentation leads to."""
+    import peft
+    import transformers
+
+    class StepTimer(transformers.TrainerCallback):
+        seconds: list[float]
+        started: float
+
+        def on_step_begin(self, *_args: Any, **_state: Any) -> None:
+            wait_for_device()
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_args: Any, **_state: Any) -> None:
+            wait_for_device()
+            self.seconds.append(time.perf_counter() - self.started)
+
+    on_gpu = device.type == "cuda"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(cfg["model_name"])
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
+        cfg["model_name"], dtype=torch.bfloat16 if on_gpu else torch.float32, num_labels=1, problem_type="regression",
+        pad_token_id=tokenizer.pad_token_id)
+    classifier.config.use_cache = False
+    model = peft.get_peft_model(classifier, peft.LoraConfig(
+        task_type=peft.TaskType.SEQ_CLS, r=cfg["lora_r"], lora_alpha=cfg["lora_alpha"],
+        lora_dropout=cfg["lora_dropout"], target_modules=list(cfg["lora_target_modules"])))
+    timer = StepTimer()
+    trainer = transformers.Trainer(
+        model=model, train_dataset=[], data_collator=transformers.DataCollatorWithPadding(tokenizer), callbacks=[timer],
+        args=transformers.TrainingArguments(
+            output_dir=scratch, per_device_train_batch_size=batch_size, max_steps=n_steps,
+            gradient_accumulation_steps=STEP_SIZE // batch_size, learning_rate=cfg["learning_rate"],
+            weight_decay=cfg["weight_decay"], max_grad_norm=cfg["max_grad_norm"], bf16=on_gpu, use_cpu=not on_gpu,
+            logging_strategy="no", save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True,
+            dataloader_pin_memory=on_gpu, remove_unused_columns=False))
+    trainer.remove_callback(transformers.PrinterCallback)
+    median = float(np.median(examples.budget))
+
+    def visit(indices: Sequence[int]) -> list[float]:
+        trainer.train_dataset = [
+            {"input_ids": examples.ids[i], "attention_mask": [1] * len(examples.ids[i]),
+             "labels": (float(examples.budget[i]) - median) / cfg["huber_delta"]} for i in indices]
+        timer.seconds = []
+        trainer.train()
+        return timer.seconds
+
+    return Contender(f"Trainer, {batch_size} x {STEP_SIZE // batch_size}", model, visit, lambda: trainer.optimizer)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_same_gradient(run: script.Run, model: script.BudgetRegressionModel) -> dict[str, float]:
+    """Check that ours and classic compute the same loss and gradient from the same weights, without dropout.
+
+    Returns:
+        The relative differences of the loss and of the gradient.
+
+    Raises:
+        RuntimeError: they differ, so that comparing their speeds would mean nothing.
+    """
+    torch.manual_seed(0)
+    with torch.no_grad():  # fresh adapters and a fresh head give every query the same number
+        for parameter in run.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    model.load_state_dict(run.model.state_dict())
+    indices = list(range(2 * CLASSIC_BATCH))
+    losses, gradients = [], []
+    for each, accumulate in ((run.model, lambda: script.accumulate_gradients(run, indices)),
+                             (model, lambda: classic_gradients(model, run.examples["train"], indices))):
+        each.eval()
+        losses.append(float(accumulate()))
+        gradients.append(torch.cat([p.grad.flatten() for p in each.parameters() if p.grad is not None]).double().cpu())
+        each.zero_grad(set_to_none=True)
+        each.train()
+    ours, classic = gradients
+    difference = {"loss": abs(losses[0] / losses[1] - 1), "gradient": float((ours - classic).norm() / classic.norm())}
+    if not max(difference.values()) <= TOLERANCE[model.dtype]:
+        raise RuntimeError(f"ours and the classic recipe do not compute the same: relative differences {difference}")
+    return difference
+
+
+def take_turn(contender: Contender, others: Sequence[Contender], indices: Sequence[int], n_settling: int) -> float:
+    """Let a contender train on `indices`; return its seconds a step, without the first `n_settling` steps.
+
+    Peak memory is the contender's own: what the others keep on the device meanwhile is taken off.
+    """
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.empty_cache()  # every turn begins alike: the Trainer empties it too
+        torch.cuda.reset_peak_memory_stats()
+    seconds = statistics.mean(contender.visit(indices)[n_settling:])
+    if on_gpu:
+        held = {key: size for other in others for key, size in other.held().items()}
+        not_its_own = sum(held[key] for key in held.keys() - contender.held().keys())
+        contender.peak_bytes = max(contender.peak_bytes, torch.cuda.max_memory_allocated() - not_its_own)
+    return seconds
+
+
+def measure(contenders: Mapping[str, Contender], rounds: Sequence[Sequence[int]], n_settling: int) -> None:
+    """Let the contenders take turns on each round's examples. The first round is a warm-up and is not counted."""
+    for contender in contenders.values():
+        def count(_module: nn.Module, inputs: tuple[Tensor], _output: Tensor, to: Contender = contender) -> None:
+            to.computed_tokens += inputs[0].numel()
+
+        # Tokens are counted where they enter the model: as they are computed, whatever was planned.
+        next(m for m in contender.model.modules() if isinstance(m, nn.Embedding)).register_forward_hook(count)
+    for number, indices in enumerate(rounds):
+        line = []
+        for name, contender in contenders.items():
+            if contender.failure:
+                continue
+            others = [other for other in contenders.values() if other is not contender]
+            try:
+                seconds = take_turn(contender, others, indices, n_settling)
+            except torch.OutOfMemoryError:
+                if name == "ours":
+                    raise
+                contender.failure = "out of memory"
+                contender.model.zero_grad(set_to_none=True)
+                line.append(f"{name} {contender.failure}")
+            else:
+                contender.seconds.append(seconds)
+                line.append(f"{name} {seconds:.2f}")
+            gc.collect()  # outside the clock
+        if number == 0:
+            for contender in contenders.values():
+                contender.seconds, contender.computed_tokens = [], 0
+        print(f"round {number}/{len(rounds) - 1}" if number else "warm-up  ", " ", "  ".join(line), "s a step",
+              flush=True)
+
+
+def summarize(contenders: Mapping[str, Contender], tokens: Sequence[int], n_steps: int) -> dict[str, dict[str, Any]]:
+    """Return what was measured of each contender.
+
+    Args:
+        contenders: after `measure`.
+        tokens: useful ones, in the examples of each round that counts.
+        n_steps: optimizer steps of a turn.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for name, contender in contenders.items():
+        if contender.failure:
+            result[name] = {"title": contender.title, "failure": contender.failure}
+            continue
+        ratios = [theirs / ours for theirs, ours in zip(contender.seconds, contenders["ours"].seconds, strict=True)]
+        median = statistics.median(contender.seconds)
+        result[name] = {
+            "title": contender.title,
+            "examples_per_s": STEP_SIZE / median,
+            "useful_tokens_per_s": statistics.mean(tokens) / n_steps / median,
+            "padding_efficiency": sum(tokens) / contender.computed_tokens,
+            "peak_gib": contender.peak_bytes / 2**30 if contender.peak_bytes else "not measured",
+            "ours_is_faster": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+            "seconds_per_step": contender.seconds,
+        }
+    return result
+
+
+def table(result: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the figures as lines of at most 80 columns."""
+    lines = [f"{'':<29}{'examples/s':>10}{'tokens/s':>10}{'useful':>8}{'peak GiB':>10}  ours is faster"]
+    for name, entry in result.items():
+        if "failure" in entry:
+            lines.append(f"{entry['title']:<29}{entry['failure']}")
+            continue
+        ratio = entry["ours_is_faster"]
+        peak = "-" if isinstance(entry["peak_gib"], str) else f"{entry['peak_gib']:.1f}"
+        faster = "" if name == "ours" else f"{ratio['median']:.2f} x ({ratio['min']:.2f}-{ratio['max']:.2f})"
+        lines.append(f"{entry['title']:<29}{entry['examples_per_s']:>10.2f}{entry['useful_tokens_per_s']:>10,.0f}"
+                     f"{entry['padding_efficiency']:>8.1%}{peak:>10}  {faster}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the processor that computes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Return where and with what the figures were measured."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True,
+                         text=True, check=False)
+    return {"device": device_name(device), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "load_before": os.getloadavg()[0], "system": platform.system(), "versions": script.versions(),
+            "commit": git.stdout.strip() or "unknown", "date": date.today().isoformat()}
+
+
+def print_profile(contender: Contender, indices: Sequence[int]) -> None:
+    """Print the operators that take most of a step, after a step that is not counted."""
+    contender.visit(indices[:STEP_SIZE])
+    with torch.profiler.profile(acc_events=True) as profiler:
+        contender.visit(indices[STEP_SIZE : 2 * STEP_SIZE])
+    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=key, row_limit=12, max_name_column_width=40))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags; what depends on the device is filled in."""
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="small", metavar="small|3b|FOLDER")
+    parser.add_argument("--rounds", type=int, default=5, help="that count, after the warm-up round (default: 5)")
+    parser.add_argument("--steps", type=int, default=4 if on_gpu else 1,
+                        help="that count, of a contender's turn (default: 4 on a GPU, 1 elsewhere)")
+    parser.add_argument("--median-tokens", type=float, default=60, help="of a query with its template (default: 60)")
+    parser.add_argument("--max-tokens", type=int, default=script.CONFIG["max_tokens_per_micro_batch"],
+                        help="max_tokens_per_micro_batch of ours (default: CONFIG's)")
+    parser.add_argument("--trainer-batch", type=int, default=8, choices=(1, 2, 4, 8, 16, 32),
+                        help="micro-batch of the Trainer; less of it takes less memory (default: 8)")
+    parser.add_argument("--lora-targets", default=",".join(script.CONFIG["lora_target_modules"]), metavar="NAMES",
+                        help="linear layers with adapters, separated by commas (default: CONFIG's)")
+    parser.add_argument("--without", action="append", default=[], choices=("classic", "trainer"),
+                        help="leave a contender out")
+    parser.add_argument("--profile", action="store_true", help="profile a step of ours and stop")
+    args = parser.parse_args(argv)
+    if min(args.rounds, args.steps, args.median_tokens, args.max_tokens) < 1:
+        parser.error("rounds, steps and tokens must be at least 1")
+    if args.backbone == "3b" and not on_gpu:
+        parser.error("--backbone 3b needs a CUDA device")
+    if torch.cuda.device_count() > 1:
+        parser.error("the Trainer would spread over all GPUs: name one in CUDA_VISIBLE_DEVICES")
+    if args.backbone not in SHAPES and not Path(args.backbone).is_dir():
+        parser.error(f"--backbone {args.backbone}: no such folder")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print the table, and write the figures."""
+    args = parse_arguments(argv)
+    script.quieten_libraries()
+    with tempfile.TemporaryDirectory() as scratch:
+        compare(args, scratch)
+
+
+def compare(args: argparse.Namespace, scratch: str) -> None:
+    """Measure the contenders that `args` leaves in."""
+    from transformers import AutoConfig
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = describe_machine(device)
+    folder = args.backbone
+    if args.backbone in SHAPES:
+        folder = f"{scratch}/backbone"
+        write_backbone(SHAPES[args.backbone], folder, with_weights=args.backbone == "small")
+    if args.backbone == "3b":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, GPU_MEMORY / total))
+        share_weights(folder, device)
+    n_settling = 1 if device.type == "cuda" else 0  # steps of a turn that fill the emptied memory pool
+    turn = STEP_SIZE * (n_settling + args.steps)
+    examples = make_rows(turn * (1 + args.rounds), args.median_tokens, AutoConfig.from_pretrained(folder).vocab_size,
+                         seed=0)
+    cfg = {**script.CONFIG, "model_name": folder, "max_tokens_per_micro_batch": args.max_tokens,
+           "lora_target_modules": args.lora_targets.split(",")}
+
+    run = make_run(cfg, examples, scratch)
+    run.model.train()
+    ours = Contender("ours", run.model, lambda indices: timed(lambda step: script.train_step(run, step), indices),
+                     lambda: run.optimizer)
+    contenders = {"ours": ours}
+    if args.profile:
+        print_profile(ours, range(len(examples.ids)))
+        return
+    difference: dict[str, float] = {}
+    if "classic" not in args.without:
+        contenders["classic"] = make_classic(cfg, examples, device)
+        difference = check_same_gradient(run, contenders["classic"].model)
+        print("ours and classic compute the same: relative difference of the loss {loss:.1e}, of the gradient "
+              "{gradient:.1e}".format(**difference))
+    if "trainer" not in args.without:
+        contenders["trainer"] = make_trainer(cfg, examples, device, n_settling + args.steps, args.trainer_batch,
+                                             scratch)
+
+    rounds = [range(start, start + turn) for start in range(0, len(examples.ids), turn)]
+    measure(contenders, rounds, n_settling)
+    tokens = [sum(len(examples.ids[i]) for i in indices) for indices in rounds[1:]]
+    result = summarize(contenders, tokens, n_settling + args.steps)
+    name = args.backbone if args.backbone in SHAPES else Path(folder).resolve().name
+    print(f"\n{machine['device']}, {machine['threads']} threads; {name}; {args.rounds} rounds of {args.steps} x "
+          f"{STEP_SIZE} examples\n{table(result)}")
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{machine['device']}".lower().replace("(r)", "").replace("(tm)", "")).strip("-")
+    path = ROOT / "tests" / "benchmark_results" / f"{slug}_{name}.json"
+    script.write_json(path, {"machine": machine, "flags": vars(args) | {"backbone": name}, "contenders": result,
+                             "difference_ours_classic": difference})
+    print(f"Written: {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

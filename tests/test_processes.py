@@ -1,0 +1,49 @@
+"""Two processes learn what one learns."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SCRIPT, run_command, tiny_config
+
+import train_sft_l4
+
+# `accelerate launch --cpu` starts several processes through MPI only; on GPUs it uses this launcher of torch's.
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
+ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_two_processes_learn_what_one_learns_and_write_it_once(llama, data, tmp_path):
+    alone, both = (tiny_config(llama, data, tmp_path / name) | {
+        "lora_dropout": 0.0, "head_dropout": 0.0, "max_train_examples": 33, "max_tokens_per_micro_batch": 120,
+    } for name in ("alone", "both"))
+    (tmp_path / "config.json").write_text(json.dumps(both))
+    process = run_command("--config", "config.json", cwd=tmp_path, program=LAUNCHER, env=os.environ | ON_CPU)
+    assert process.returncode == 0, process.stderr
+    train_sft_l4.train(alone)
+
+    found, expected = (torch.load(f"{config['output_dir']}/best_model.pt") for config in (both, alone))
+    assert found["val_mae"] == pytest.approx(expected["val_mae"], rel=1e-4)
+    assert found["epoch"] == expected["epoch"]
+    for name, tensor in expected["model_state_dict"].items():
+        torch.testing.assert_close(found["model_state_dict"][name], tensor, rtol=1e-4, atol=1e-4, msg=name)
+
+    histories = [json.loads(Path(config["log_dir"], "training_history.json").read_text()) for config in (both, alone)]
+    steps, expected_steps = ([[step[key] for key in ("step", "examples", "tokens")] for step in history["steps"]]
+                             for history in histories)
+    assert steps == expected_steps
+    assert [examples for _, examples, _ in steps] == 2 * [8, 8, 8, 8, 1]  # in the last, one process has no example
+    losses, expected_losses = ([step["loss"] for step in history["steps"]] for history in histories)
+    assert losses == pytest.approx(expected_losses, rel=1e-4)
+    norms, expected_norms = ([step["grad_norm"] for step in history["steps"]] for history in histories)
+    assert norms == pytest.approx(expected_norms, rel=1e-3)
+
+    assert process.stdout.count("Budget model: ") == 1
+    assert "processes: 2" in process.stdout
+    assert process.stdout.count("Best Val MAE: ") == 1
+    names = [sorted(str(path.relative_to(tmp_path / name)) for path in (tmp_path / name).rglob("*") if path.is_file())
+             for name in ("both", "alone")]
+    assert names[0] == names[1]

@@ -1,0 +1,403 @@
+"""Training: gradients, losses, schedule and optimizer, what moves, when it ends, what it writes and prints."""
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_rows, read_rows, write_rows
+
+import train_sft_l4
+from train_sft_l4 import UserError, collate, huber_sum, lr_factor, warmup_length
+
+WITHOUT_DROPOUT = {"lora_dropout": 0.0, "head_dropout": 0.0}
+
+
+def set_up(config) -> train_sft_l4.Run:
+    """Return a run before its first step."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision="no")
+    return train_sft_l4.set_up(config, accelerator, train_sft_l4.RunLog(accelerator, config["log_dir"]))
+
+
+def shake(model) -> None:
+    """Move everything that is trained, so that no gradient is zero because a matrix starts at zero."""
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def gradients(run, indices) -> dict[str, torch.Tensor]:
+    run.optimizer.zero_grad()
+    train_sft_l4.accumulate_gradients(run, indices)
+    return {name: parameter.grad.clone() for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+
+
+def assert_close(found: dict, expected: dict, rtol: float = 1e-4) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert tensor.abs().max() > 0, name
+        torch.testing.assert_close(found[name], tensor, rtol=rtol, atol=rtol * float(tensor.abs().max()), msg=name)
+
+
+def history_of(config) -> dict:
+    return json.loads((Path(config["log_dir"]) / "training_history.json").read_text())
+
+
+@pytest.mark.parametrize("target_transform", ["tokens", "log"])
+def test_gradients_are_those_of_the_mean_loss_however_the_examples_are_cut(config, target_transform, monkeypatch):
+    monkeypatch.setattr(train_sft_l4, "micro_batch_overhead", lambda _: 10**9)  # as few micro-batches as will fit
+    run = set_up(config | WITHOUT_DROPOUT | {"target_transform": target_transform})
+    shake(run.model)
+    run.model.train()
+    examples, indices = run.examples["train"], list(range(32))
+    assert examples.censored[indices].any()
+
+    losses = []
+    for i in indices:  # one by one, with torch's own loss
+        predicted = run.model(**collate([examples.ids[i]]), scaled=True)
+        target = run.model.to_scaled(torch.tensor([examples.budget[i]], dtype=torch.float32))
+        loss = torch.nn.functional.huber_loss(predicted, target)
+        losses.append(0 * loss if examples.censored[i] and predicted > target else loss)
+    run.optimizer.zero_grad()
+    torch.stack(losses).mean().backward()
+    expected = {name: p.grad.clone() for name, p in run.model.named_parameters() if p.requires_grad}
+
+    counts, forward_passes = [], itertools.count()
+    run.model.backbone.register_forward_hook(lambda *_: next(forward_passes) and None)
+    for max_tokens in (1, 90, 180, 350, 10**6):
+        run.cfg = config | {"max_tokens_per_micro_batch": max_tokens}
+        before = next(forward_passes)
+        assert_close(gradients(run, indices), expected)
+        counts.append(next(forward_passes) - before - 1)
+    assert (counts[0], counts[-1]) == (32, 1)
+    assert sorted(set(counts), reverse=True) == counts
+
+
+@pytest.mark.parametrize("lora_r", [4, 0])
+def test_activation_checkpointing_does_not_change_the_gradients(config, lora_r):
+    found = []
+    for switch in ("off", "on"):
+        run = set_up(config | WITHOUT_DROPOUT | {"activation_checkpointing": switch, "lora_r": lora_r})
+        shake(run.model)
+        run.model.train()
+        layers = [m for m in run.model.backbone.modules() if type(m).__name__ == "LlamaDecoderLayer"]
+        assert [layer.gradient_checkpointing for layer in layers] == [switch == "on"] * 2
+        found.append(gradients(run, range(16)))
+    assert_close(found[1], found[0], rtol=1e-6)
+
+
+def test_the_loss_is_huber_in_units_of_delta():
+    torch.manual_seed(0)
+    predicted, target = 3 * torch.randn(200), 3 * torch.randn(200)
+    expected = torch.nn.functional.huber_loss(1000 * predicted, 1000 * target, delta=1000.0, reduction="sum") / 1000**2
+    found = huber_sum(predicted, target, torch.zeros(200, dtype=torch.bool))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    error = np.abs(predicted.numpy() - target.numpy())
+    assert found.item() == pytest.approx(np.where(error < 1, error**2 / 2, error - 0.5).sum(), rel=1e-5)
+
+
+def test_the_loss_of_a_censored_row_counts_only_what_is_missing():
+    predicted = torch.tensor([1.5, 0.5, 4.0, -3.0], requires_grad=True)
+    loss = huber_sum(predicted, torch.ones(4), torch.tensor([True, True, True, True]))
+    assert loss.item() == pytest.approx(0.5 * 0.25 + (4 - 0.5))
+    loss.backward()
+    assert predicted.grad.tolist() == pytest.approx([0.0, -0.5, 0.0, -1.0])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize(("warmup", "total"), [(0, 1), (0, 7), (1, 10), (10, 100)])
+def test_the_learning_rate_peaks_after_the_warm_up_and_ends_low(schedule, warmup, total):
+    factors = [lr_factor(step, warmup, total, schedule) for step in range(total)]
+    assert factors[:warmup] == pytest.approx([(step + 1) / warmup for step in range(warmup)])
+    assert factors[warmup] == max(factors) == 1.0
+    assert factors[warmup:] == sorted(factors[warmup:], reverse=True)
+    assert min(factors) > 0
+    if schedule == "constant":
+        assert set(factors[warmup:]) == {1.0}
+    else:
+        assert lr_factor(total, warmup, total, schedule) == pytest.approx(0.0, abs=1e-12)
+    if schedule == "cosine" and total == 100:
+        assert factors[55] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("overrides", "total_steps", "expected"), [
+    ({"warmup_steps": 500}, 24, (2, 500)),
+    ({"warmup_steps": 500}, 10_000, (500, 500)),
+    ({"warmup_steps": 500}, 5, (0, 500)),
+    ({"warmup_steps": 0}, 10_000, (0, 0)),
+    ({"warmup_ratio": 0.05}, 1000, (50, 50)),
+    ({"warmup_ratio": 0.3}, 1000, (100, 300)),
+    ({"warmup_ratio": 0.03, "warmup_steps": 7}, 1000, (30, 30)),
+])
+def test_the_warm_up_is_at_most_a_tenth_of_the_run(overrides, total_steps, expected):
+    assert warmup_length(train_sft_l4.CONFIG | overrides, total_steps) == expected
+
+
+def test_the_optimizer_decays_matrices_only(config):
+    model = train_sft_l4.BudgetRegressionModel(config)
+    optimizer = train_sft_l4.build_optimizer(model, 3e-4, 0.02)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, other = ({names[id(parameter)] for parameter in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.02, 0.0]
+    assert [group["lr"] for group in optimizer.param_groups] == [3e-4, 3e-4]
+    norms = {"head.1.weight", "head.5.weight"}
+    biases = {name for name in names.values() if name.startswith("head.") and name.endswith(".bias")}
+    assert other == norms | biases
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert decayed == trained - other
+    assert len(decayed) == 12 + 3
+
+
+def test_a_step_is_adamw_with_clipped_gradients(config):
+    run = set_up(config | WITHOUT_DROPOUT | {"max_grad_norm": 1e-3, "lr_schedule": "constant", "warmup_steps": 0})
+    shake(run.model)
+    run.model.train()
+    twin = copy.deepcopy(run.model)
+    mean_gradients = gradients(run, range(8))
+    norm = math.sqrt(sum(float(grad.square().sum()) for grad in mean_gradients.values()))
+    assert norm > 1e-2
+    run.optimizer.zero_grad()
+    train_sft_l4.train_step(run, list(range(8)))
+    optimizer = train_sft_l4.build_optimizer(twin, config["learning_rate"], config["weight_decay"])
+    for name, parameter in twin.named_parameters():
+        if parameter.requires_grad:
+            parameter.grad = mean_gradients[name] * 1e-3 / norm
+    optimizer.step()
+    for (name, found), (_, expected) in zip(run.model.named_parameters(), twin.named_parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=name)
+    assert run.log.history["steps"][0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_what_is_trained_moves_and_what_is_frozen_does_not(config):
+    run = set_up(config)
+    run.model.train()
+    before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
+    train_sft_l4.train_epoch(run)
+    moved = {name for name, parameter in run.model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+
+
+def test_eight_examples_can_be_learnt_by_heart(config, tmp_path):
+    rows = [row | {"optimal_budget": 100 * (3 * i % 8 + 1)} for i, row in enumerate(make_rows(8, seed=5))]
+    path = write_rows(tmp_path / "eight.jsonl", [row | {"censored": False} for row in rows])
+    run = set_up(config | WITHOUT_DROPOUT | {
+        "train_path": path, "val_path": path, "test_path": "", "allow_leakage": True, "num_epochs": 120,
+        "learning_rate": 3e-3, "huber_delta": 200.0, "lr_schedule": "cosine"})
+    run.model.train()
+    for _ in range(120):
+        train_sft_l4.train_step(run, list(range(8)))
+    losses = [step["loss"] for step in run.log.history["steps"]]
+    assert losses[0] > 0.3
+    assert losses[-1] < 1e-3
+    assert train_sft_l4.predict_shared(run, "val") == pytest.approx(run.examples["val"].budget, abs=30)
+
+
+@pytest.mark.parametrize("target_transform", ["tokens", "log"])
+def test_both_target_transforms_learn(config, target_transform):
+    train_sft_l4.train(config | {"target_transform": target_transform, "num_epochs": 4, "test_path": ""})
+    history = history_of(config)
+    losses = [validation["train_loss"] for validation in history["validations"]]
+    assert losses[-1] < 0.9 * losses[0]
+    assert math.isfinite(history["val"]["mae"])
+
+
+def test_early_stopping_ends_the_run(config, capsys):
+    train_sft_l4.train(config | {
+        "num_epochs": 50, "early_stopping_patience": 2, "learning_rate": 1e-9, "eval_every": 3, "test_path": ""})
+    history = history_of(config)
+    maes = [validation["mae"] for validation in history["validations"]]
+    best = maes.index(min(maes))
+    assert len(maes) == best + 1 + 2
+    assert len(maes) < 50
+    assert torch.load(f"{config['output_dir']}/last.pt")["progress"]["finished"]
+    assert "Best Val MAE:" in capsys.readouterr().out
+
+
+def test_eval_every_validates_between_epochs_and_once_at_each_end(config):
+    train_sft_l4.train(config | {"eval_every": 5})
+    assert [each["step"] for each in history_of(config)["validations"]] == [5, 10, 13, 15, 20, 25, 26]
+
+
+def test_a_damaged_backbone_ends_the_run_with_a_message(config, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(config["model_name"], tmp_path / "damaged")
+    weights = load_file(folder / "model.safetensors")
+    weights["layers.1.mlp.down_proj.weight"][3, 3] = math.inf
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert train_sft_l4.main(flags(config | {"model_name": str(folder)})) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: step 1: the loss is nan, the gradient's norm nan")
+    assert "Traceback" not in error
+
+
+def flags(config) -> list[str]:
+    """Return the command line that sets every key."""
+    return [f"--{key}={','.join(value) if isinstance(value, list) else value}" for key, value in config.items()]
+
+
+def test_a_loss_that_explodes_ends_the_run_and_leaves_the_last_checkpoint_whole(config, capsys):
+    code = train_sft_l4.main(flags(config | {"learning_rate": 1e30, "save_every_minutes": 0.0}))
+    error = capsys.readouterr().err
+    assert code == 2
+    step = int(re.match(r"error: step (\d+): the loss is (nan|inf), the gradient's norm (nan|inf);", error).group(1))
+    assert step > 1
+    checkpoint = torch.load(f"{config['output_dir']}/last.pt")
+    assert checkpoint["progress"]["step"] == step - 1
+    assert len(checkpoint["history"]["steps"]) == step - 1
+    assert all(tensor.isfinite().all() for tensor in checkpoint["model_state_dict"].values())
+
+
+def test_predictions_that_are_not_finite_end_the_run(config, monkeypatch):
+    run = set_up(config)
+    with torch.no_grad():
+        run.model.head[-1].bias.fill_(math.nan)
+    with pytest.raises(UserError, match="val: 24 predictions are not finite: lower --learning_rate"):
+        train_sft_l4.predict_shared(run, "val")
+
+
+def test_the_printed_train_loss_is_the_mean_over_every_example_of_the_epoch(trained):
+    steps, validations = trained.history["steps"], trained.history["validations"]
+    assert [step["examples"] for step in steps] == 2 * [*[8] * 12, 2]
+    for epoch, validation in enumerate(validations):
+        of_epoch = steps[13 * epoch : 13 * (epoch + 1)]
+        mean = sum(step["loss"] * step["examples"] for step in of_epoch) / 98
+        assert validation["train_loss"] == pytest.approx(mean, rel=1e-6)
+        assert validation["train_loss"] != pytest.approx(np.mean([step["loss"] for step in of_epoch]), rel=1e-6)
+        assert (f"Epoch {epoch + 1}/2  Train Loss: {mean:.4f}  Val MAE: {validation['mae']:,.2f} tokens"
+                in trained.process.stdout)
+
+
+def test_the_first_loss_is_that_of_predicting_the_median(trained):
+    rows = read_rows(trained.config["train_path"])
+    budgets = np.array([row["optimal_budget"] for row in rows])
+    first = train_sft_l4.epoch_order(98, seed=42, epoch=0)[:8]
+    error = (np.median(budgets) - budgets[first]) / 1000
+    censored = np.array([rows[i].get("censored", False) for i in first])
+    error = np.abs(np.where(censored, np.minimum(error, 0), error))
+    expected = np.where(error < 1, error**2 / 2, error - 0.5).mean()
+    assert trained.history["steps"][0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_history_holds_every_step_and_validation(trained):
+    history = trained.history
+    assert history["config"] == trained.config
+    assert {"python", "torch", "transformers", "peft", "accelerate", "numpy"} <= set(history["versions"])
+    assert [step["step"] for step in history["steps"]] == list(range(1, 27))
+    assert [step["epoch"] for step in history["steps"]][12::13] == [1.0, 2.0]
+    warmup = 2
+    rates = [1e-3 * lr_factor(step, warmup, 26, "linear") for step in range(26)]
+    assert [step["learning_rate"] for step in history["steps"]] == pytest.approx(rates)
+    assert all(step["tokens"] > 0 and step["seconds"] > 0 and step["grad_norm"] > 0 for step in history["steps"])
+    assert [validation["step"] for validation in history["validations"]] == [13, 26]
+    best = min(validation["mae"] for validation in history["validations"])
+    assert history["val"]["mae"] == pytest.approx(best, rel=1e-6)
+    assert set(history["val"]["baselines"]) == {"training median", "tf-idf + ridge", "tf-idf + trees"}
+    assert history["test"]["rows"] == 24
+
+
+def test_a_run_writes_these_files_and_no_others(trained):
+    files = {str(path.relative_to(trained.folder)) for path in trained.folder.rglob("*") if path.is_file()}
+    checkpoints = {f"checkpoints/{name}.pt" for name in ("best_model", "epoch_1", "epoch_2", "last")}
+    reports = {f"logs/{split}_{kind}" for split in ("val", "test") for kind in ("metrics.json", "predictions.jsonl")}
+    assert files == {"config.json", "logs/training_history.json"} | checkpoints | reports
+
+
+def test_the_checkpoints_say_where_they_are_from(trained):
+    maes = [validation["mae"] for validation in trained.history["validations"]]
+    for name, epoch in (("epoch_1", 1), ("epoch_2", 2)):
+        checkpoint = torch.load(trained.folder / f"checkpoints/{name}.pt")
+        assert checkpoint["epoch"] == epoch
+        assert checkpoint["val_mae"] == maes[epoch - 1] == checkpoint["val_metrics"]["mae"]
+        assert checkpoint["config"] == trained.config
+    best = torch.load(trained.best)
+    assert best["val_mae"] == min(maes)
+    winner = torch.load(trained.folder / f"checkpoints/epoch_{1 + maes.index(min(maes))}.pt")["model_state_dict"]
+    assert all(torch.equal(tensor, winner[name]) for name, tensor in best["model_state_dict"].items())
+
+
+def test_the_last_checkpoint_holds_the_last_weights_though_an_earlier_epoch_was_best(config):
+    train_sft_l4.train(config | {"learning_rate": 0.05, "num_epochs": 3, "test_path": "", "seed": 1})
+    maes = [validation["mae"] for validation in history_of(config)["validations"]]
+    assert maes.index(min(maes)) < 2
+    last, newest = (torch.load(f"{config['output_dir']}/{name}.pt") for name in ("last", "epoch_3"))
+    assert last["val_mae"] == newest["val_mae"] == maes[2]
+    weights = last["model_state_dict"]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in newest["model_state_dict"].items())
+
+
+def test_the_console_of_a_piped_run(trained):
+    out, error = trained.process.stdout, trained.process.stderr
+    assert not error
+    for character in ("\r", "\x1b"):
+        assert character not in out
+    lines = out.split("\n")
+    assert lines[0] == "=" * 80
+    assert lines[1].startswith("Budget model")
+    long = [line for line in lines if len(line) > 80 and str(trained.folder) not in line and "/data" not in line]
+    assert not long
+    assert "Plan   26 steps, 2 of them warm-up (a tenth of the run, not 500)" in lines
+    rows = next(line for line in lines if line.startswith("  train: "))
+    budgets = [row["optimal_budget"] for row in read_rows(trained.config["train_path"])]
+    low, middle, high, most = np.quantile(budgets, [0, 0.5, 0.9, 1])
+    assert rows.startswith(f"  train: 98 rows, budget {low:,.0f} / {middle:,.0f} / {high:,.0f} / {most:,.0f}")
+    assert "Val MAE: " in out
+    assert "tokens  <- New best!" in out
+    best = min(validation["mae"] for validation in trained.history["validations"])
+    assert f"Best Val MAE: {best:,.2f} tokens, after epoch " in out
+
+
+@pytest.mark.parametrize(("mae", "underrun", "words"), [
+    (499.9, 0.599, ("excellent", "excellent")), (500.0, 0.6, ("good", "good")), (749.9, 0.699, ("good", "good")),
+    (750.0, 0.7, ("fair", "fair")), (1500.0, 0.8, ("needs improvement", "needs improvement")),
+])
+def test_the_success_criteria_are_said(config, capsys, mae, underrun, words):
+    run = set_up(config | {"test_path": "", "num_epochs": 1})
+    below = round(underrun * 1000)
+    budgets, predicted = np.full(1000, 5000.0), np.full(1000, 5000.0 + mae)
+    predicted[:below] = 5000.0 - mae
+    row = run.splits["val"][1]
+    run.splits["val"] = [dataclasses.replace(row, budget=budget) for budget in budgets]
+    run.progress.best_mae = mae
+    run.save("best_model.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_sft_l4, "predict_shared", lambda run, split: predicted)
+        patch.setattr(train_sft_l4, "fit_baselines", lambda rows: lambda others: {})
+        train_sft_l4.report_run(run)
+    out = capsys.readouterr().out
+    assert f"  MAE {mae:,.1f}: {words[0]} (excellent < 500, good < 750, poor >= 1500)\n" in out
+    assert f"  Underrun % {100 * underrun:.1f}: {words[1]} (excellent < 60, good < 70, poor >= 80)\n" in out
+
+
+@pytest.mark.parametrize(("overrides", "plan"), [
+    ({"warmup_steps": 1}, "26 steps, 1 of them warm-up"),
+    ({"warmup_ratio": 0.05}, "26 steps, 1 of them warm-up"),
+    ({"warmup_ratio": 0.5}, "26 steps, 2 of them warm-up (a tenth of the run, not 13)"),
+    ({"warmup_steps": 1000, "num_epochs": 100}, "1,300 steps, 130 of them warm-up (a tenth of the run, not 1,000)"),
+])
+def test_a_shortened_warm_up_is_said(config, capsys, overrides, plan):
+    set_up(config | overrides)
+    assert f"\nPlan   {plan}\n" in capsys.readouterr().out
+
+
+def test_the_number_of_cut_queries_is_said(config, capsys):
+    set_up(config | {"max_length": 32})
+    assert re.search(r"^  train: 98 rows, budget [\d,/ ]+; [1-9]\d* cut$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_training(config, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+    with pytest.raises(UserError, match=r"checkpoints: the checkpoints need \d+ MB, the disk has 1 MB free"):
+        train_sft_l4.train(config)
