@@ -62,8 +62,8 @@ STEP_SIZE = 32  # examples of an optimizer step
 CLASSIC_BATCH = 2  # examples of a micro-batch of the classic recipe
 GPU_MEMORY = 22 * 2**30  # bytes; what a 24 GB L4 leaves to one process
 # Largest relative difference of loss and of gradient between ours and classic. They add the same numbers in another
-# order, which bf16's 8 bits of mantissa show.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+# order, which bf16's 8 bits of mantissa show through 28 layers; a mistake in a divisor would be far above.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 @dataclass
@@ -131,8 +131,9 @@ def share_weights(folder: str, device: torch.device) -> None:
         backbone = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
     weights = {id(parameter): parameter for parameter in backbone.parameters()}
 
-    def load(*_args: Any, **_options: Any) -> nn.Module:
-        return copy.deepcopy(backbone, dict(weights))  # what stands in the memo is taken as it is, not copied
+    def load(*_args: Any, output_loading_info: bool = False, **_options: Any) -> Any:
+        model = copy.deepcopy(backbone, dict(weights))  # what stands in the memo is taken as it is, not copied
+        return (model, {"missing_keys": []}) if output_loading_info else model
 
     def load_classifier(*_args: Any, dtype: torch.dtype, **options: Any) -> nn.Module:
         config = AutoConfig.from_pretrained(folder, **options)
@@ -260,9 +261,9 @@ def make_trainer(cfg: script.Config, examples: script.Examples, device: torch.de
         args=transformers.TrainingArguments(
             output_dir=scratch, per_device_train_batch_size=batch_size, max_steps=n_steps,
             gradient_accumulation_steps=STEP_SIZE // batch_size, learning_rate=cfg["learning_rate"],
-            weight_decay=cfg["weight_decay"], max_grad_norm=cfg["max_grad_norm"], bf16=on_gpu, use_cpu=not on_gpu,
-            logging_strategy="no", save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True,
-            dataloader_pin_memory=on_gpu, remove_unused_columns=False))
+            weight_decay=cfg["weight_decay"], max_grad_norm=cfg["max_grad_norm"], logging_strategy="no",
+            save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True, bf16=on_gpu,
+            use_cpu=device.type == "cpu", dataloader_pin_memory=on_gpu, remove_unused_columns=False))
     trainer.remove_callback(transformers.PrinterCallback)
     median = float(np.median(examples.budget))
 
@@ -392,16 +393,16 @@ def summarize(contenders: Mapping[str, Contender], tokens: Sequence[int], n_step
 
 def table(result: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the figures as lines of at most 80 columns."""
-    lines = [f"{'':<29}{'examples/s':>10}{'tokens/s':>10}{'useful':>8}{'peak GiB':>10}  ours is faster"]
+    lines = [f"{'':<27}{'examples/s':>10}{'tokens/s':>9}{'useful':>7}{'peak GiB':>9} ours is faster"]
     for name, entry in result.items():
         if "failure" in entry:
-            lines.append(f"{entry['title']:<29}{entry['failure']}")
+            lines.append(f"{entry['title']:<27}{entry['failure']}")
             continue
         ratio = entry["ours_is_faster"]
         peak = "-" if isinstance(entry["peak_gib"], str) else f"{entry['peak_gib']:.1f}"
-        faster = "" if name == "ours" else f"{ratio['median']:.2f} x ({ratio['min']:.2f}-{ratio['max']:.2f})"
-        lines.append(f"{entry['title']:<29}{entry['examples_per_s']:>10.2f}{entry['useful_tokens_per_s']:>10,.0f}"
-                     f"{entry['padding_efficiency']:>8.1%}{peak:>10}  {faster}")
+        faster = "" if name == "ours" else f"{ratio['median']:.3g}x ({ratio['min']:.3g}-{ratio['max']:.3g})"
+        lines.append(f"{entry['title']:<27}{entry['examples_per_s']:>10.2f}{entry['useful_tokens_per_s']:>9,.0f}"
+                     f"{entry['padding_efficiency']:>7.1%}{peak:>9} {faster}")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -479,8 +480,10 @@ def compare(args: argparse.Namespace, scratch: str) -> None:
     """Measure the contenders that `args` leaves in."""
     from transformers import AutoConfig
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = script.pick_device()
     machine = describe_machine(device)
+    if device.type == "cpu" and machine["load_before"] > 0.5:  # threads that wait for a core hold all the others up
+        print(f"NOTE: the machine is busy, its load is {machine['load_before']:.1f}: these figures will not repeat")
     folder = args.backbone
     if args.backbone in SHAPES:
         folder = f"{scratch}/backbone"

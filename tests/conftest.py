@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -153,8 +154,8 @@ def trained(llama, data, tmp_path_factory):
     process = run_command("--config", "config.json", cwd=folder)
     assert process.returncode == 0, process.stderr
     history = json.loads((folder / "logs/training_history.json").read_text())
-    return type("Trained", (), {"folder": folder, "config": config, "process": process, "history": history,
-                                "best": folder / "checkpoints/best_model.pt"})
+    return SimpleNamespace(folder=folder, config=config, process=process, history=history,
+                           best=folder / "checkpoints/best_model.pt")
 
 
 @pytest.fixture

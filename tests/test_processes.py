@@ -7,12 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPT, run_command, tiny_config
+from conftest import ROOT, run_command, tiny_config
 
 import train_sft_l4
 
 # `accelerate launch --cpu` starts several processes through MPI only; on GPUs it uses this launcher of torch's.
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+NOTING_WRITES = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_sft_l4
+original = train_sft_l4.atomic_file
+
+def noting(path):
+    with open("writes.txt", "a") as file:
+        file.write(os.environ["RANK"] + " " + path.name + "\\n")
+    return original(path)
+
+train_sft_l4.atomic_file = noting
+sys.exit(train_sft_l4.main())
+"""
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -21,7 +35,9 @@ def test_two_processes_learn_what_one_learns_and_write_it_once(llama, data, tmp_
         "lora_dropout": 0.0, "head_dropout": 0.0, "max_train_examples": 33, "max_tokens_per_micro_batch": 120,
     } for name in ("alone", "both"))
     (tmp_path / "config.json").write_text(json.dumps(both))
-    process = run_command("--config", "config.json", cwd=tmp_path, program=LAUNCHER, env=os.environ | ON_CPU)
+    (tmp_path / "command.py").write_text(NOTING_WRITES)
+    process = run_command("command.py", "--config", "config.json", cwd=tmp_path, program=LAUNCHER,
+                          env=os.environ | ON_CPU)
     assert process.returncode == 0, process.stderr
     train_sft_l4.train(alone)
 
@@ -47,3 +63,6 @@ def test_two_processes_learn_what_one_learns_and_write_it_once(llama, data, tmp_
     names = [sorted(str(path.relative_to(tmp_path / name)) for path in (tmp_path / name).rglob("*") if path.is_file())
              for name in ("both", "alone")]
     assert names[0] == names[1]
+    writes = [line.split() for line in (tmp_path / "writes.txt").read_text().splitlines()]
+    assert {rank for rank, _ in writes} == {"0"}
+    assert {name for _, name in writes} == {Path(name).name for name in names[0]}
