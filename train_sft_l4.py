@@ -1746,6 +1746,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":  # one message, whatever the number of processes
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory: halve --max_tokens_per_micro_batch, then --activation_checkpointing on;\n"
+              "  neither changes a result, and a run goes on from its last save", file=sys.stderr)
+        return 2
     except Stopped as stopped:
         return 128 + int(stopped.args[0])
     except KeyboardInterrupt:

@@ -420,3 +420,18 @@ def test_a_disk_that_is_too_small_is_refused_before_training(config, monkeypatch
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
     with pytest.raises(UserError, match=r"checkpoints: the checkpoints need \d+ MB, the disk has 1 MB free"):
         train_sft_l4.train(config)
+
+
+def test_no_gpu_memory_ends_with_advice_and_a_run_to_go_on_with(config, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_sft_l4, "accumulate_gradients", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            train_sft_l4.train(config)
+        patch.setattr(train_sft_l4, "parse_train_arguments", lambda _: config)
+        assert train_sft_l4.main([]) == 2
+    assert "halve --max_tokens_per_micro_batch" in capsys.readouterr().err
+    train_sft_l4.train(config | {"max_tokens_per_micro_batch": 100})
+    assert torch.load(f"{config['output_dir']}/last.pt")["progress"]["finished"]
