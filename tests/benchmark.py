@@ -483,7 +483,7 @@ def compare(args: argparse.Namespace, scratch: str) -> None:
     device = script.pick_device()
     machine = describe_machine(device)
     if device.type == "cpu" and machine["load_before"] > 0.5:  # threads that wait for a core hold all the others up
-        print(f"NOTE: the machine is busy, its load is {machine['load_before']:.1f}: these figures will not repeat")
+        print(f"NOTE: the machine is busy, its load is {machine['load_before']:.1f}: these figures may not repeat")
     folder = args.backbone
     if args.backbone in SHAPES:
         folder = f"{scratch}/backbone"
