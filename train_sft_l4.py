@@ -34,10 +34,14 @@ import argparse
 import copy
 import dataclasses
 import functools
+import gc
 import hashlib
+import heapq
+import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -97,8 +101,11 @@ CONFIG: dict[str, Any] = {
     "huber_delta": 1000.0,                 # tokens; squared error below, linear above (log: as seen from the median)
 
     # --- speed and memory ---
-    "max_tokens_per_micro_batch": 1536,    # padding included; halve it when memory runs out, results stay the same
-    "activation_checkpointing": "off",     # on = recompute activations in the backward pass: slower, far less memory
+    "max_tokens_per_micro_batch": 2048,    # padding included; halved when GPU memory runs out, results stay the same
+    "attention": "auto",                   # packed = queries end to end, no padding | padded | auto = packed if it can
+    "activation_checkpointing": "auto",    # off | on = recompute every layer in the backward pass: slower, far less
+                                           # memory | auto = as few layers as the memory of the GPU asks for
+    "quantization": "none",                # nf4 = backbone in 4 bits (needs bitsandbytes): the 3B model on 8 GB, slower
 
     # --- evaluation, saving, logging ---
     "eval_every": 0,                       # optimizer steps between validations; 0 = at the end of each epoch only
@@ -121,13 +128,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "on_bad_row": ("error", "skip"),
     "target_transform": ("tokens", "log"),
     "lr_schedule": ("linear", "cosine", "constant"),
-    "activation_checkpointing": ("off", "on"),
+    "attention": ("auto", "packed", "padded"),
+    "activation_checkpointing": ("auto", "off", "on"),
+    "quantization": ("none", "nf4"),
     "tracker": ("none", "tensorboard", "wandb", "trackio"),
 }
 # Keys that may differ between a run and its continuation: they change where and how it runs, not what is learnt.
 FREE_ON_RESUME = {
-    "train_path", "val_path", "test_path", "max_tokens_per_micro_batch", "activation_checkpointing",
-    "save_every_minutes", "output_dir", "log_dir", "resume", "overwrite", "tracker",
+    "train_path", "val_path", "test_path", "max_tokens_per_micro_batch", "attention",
+    "activation_checkpointing", "save_every_minutes", "output_dir", "log_dir", "resume", "overwrite", "tracker",
 }
 
 
@@ -241,10 +250,13 @@ def validate_config(cfg: Config) -> None:
         problems.append(f"val_fraction must be above 0 and at most 0.5, got {cfg['val_fraction']}")
     problems += [f"{key} must not be empty" for key in ("train_path", "model_name", "output_dir", "log_dir",
                  "lora_target_modules", "resume") if not cfg[key]]
-    tracker = cfg["tracker"]
-    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
-    if tracker in packages and util.find_spec(packages[tracker]) is None:
-        problems.append(f"tracker {tracker} is not installed: pip install {packages[tracker]}")
+    if cfg["quantization"] != "none" and not cfg["lora_r"]:
+        problems.append("quantization goes with adapters: lora_r must be at least 1")
+    optional = {"tracker tensorboard": "tensorboard", "tracker wandb": "wandb", "tracker trackio": "trackio",
+                "quantization nf4": "bitsandbytes"}
+    for setting in (f"tracker {cfg['tracker']}", f"quantization {cfg['quantization']}"):
+        if setting in optional and util.find_spec(optional[setting]) is None:
+            problems.append(f"{setting} needs a package: pip install {optional[setting]}")
     if problems:
         raise UserError("; ".join(problems))
 
@@ -267,6 +279,7 @@ def parse_command(command: str, argv: Sequence[str]) -> argparse.Namespace:
         flag("plot", metavar="FILE.png", help="draw predicted against true budgets (needs matplotlib)")
     else:
         parser.add_argument("queries", nargs="*", help="queries to predict, each in quotes")
+        flag("merge_adapters", action="store_true", help="add the adapters to the weights: faster, rounded on a GPU")
         flag("input", metavar="FILE.jsonl", help="queries, one JSON object a line; other fields are kept")
         flag("output", metavar="FILE.jsonl", help="the same rows with predicted_budget (default: standard output)")
     args = parser.parse_args(argv)
@@ -631,7 +644,30 @@ def epoch_order(n_examples: int, seed: int, epoch: int) -> list[int]:
     return np.random.default_rng([seed, epoch]).permutation(n_examples).tolist()
 
 
-def plan_micro_batches(lengths: Sequence[int], max_tokens: int, overhead: int = 32) -> list[list[int]]:
+def plan_packed(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Deal examples, longest first, into as few micro-batches as hold them, alike in tokens; there is no padding.
+
+    Args:
+        lengths: tokens of each example.
+        max_tokens: of a micro-batch; a longer example gets a micro-batch of its own.
+
+    >>> plan_packed([3, 9, 4, 8], max_tokens=12)
+    [[1, 0], [3, 2]]
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for n_bins in itertools.count(max(1, math.ceil(sum(lengths) / max_tokens))):
+        bins: list[list[int]] = [[] for _ in range(n_bins)]
+        least_full = [(0, number) for number in range(n_bins)]  # a heap: tokens, bin
+        for i in order:
+            tokens, number = least_full[0]
+            bins[number].append(i)
+            heapq.heapreplace(least_full, (tokens + lengths[i], number))
+        if all(tokens <= max_tokens or len(bins[number]) == 1 for tokens, number in least_full):
+            break
+    return [members for members in bins if members]
+
+
+def plan_padded(lengths: Sequence[int], max_tokens: int, overhead: int = 32) -> list[list[int]]:
     """Cut examples, longest first, into micro-batches of similar length with the least work in all.
 
     Args:
@@ -639,7 +675,7 @@ def plan_micro_batches(lengths: Sequence[int], max_tokens: int, overhead: int = 
         max_tokens: of a micro-batch, padding included; a longer example gets a micro-batch of its own.
         overhead: what a micro-batch costs beside its tokens, in tokens: it weighs padding against many small ones.
 
-    >>> plan_micro_batches([3, 9, 4, 8], max_tokens=18)
+    >>> plan_padded([3, 9, 4, 8], max_tokens=18)
     [[1, 3], [2, 0]]
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -661,31 +697,23 @@ def plan_micro_batches(lengths: Sequence[int], max_tokens: int, overhead: int = 
     return plan[::-1]
 
 
-def micro_batch_overhead(device: torch.device) -> int:
-    """Return the overhead that `plan_micro_batches` reckons with, in tokens.
+def collate_packed(ids: Sequence[Sequence[int]]) -> Tensor:
+    """Return the examples one after the other in a single row, (1, N).
 
-    A GPU reads all weights and launches all kernels anew for each micro-batch; a CPU is busy with few tokens already.
+    >>> collate_packed([[5, 6], [7]]).tolist()
+    [[5, 6, 7]]
     """
-    return 32 if device.type == "cpu" else 512
+    return torch.tensor([list(itertools.chain.from_iterable(ids))])
 
 
-def collate(ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Pad to the longest on the right. Padding is masked, so its id does not matter; 0 is in every vocabulary.
+def collate_padded(ids: Sequence[Sequence[int]]) -> Tensor:
+    """Return the examples padded to the longest on the right, (B, T). 0 is in every vocabulary, and is not attended to.
 
-    >>> batch = collate([[5, 6], [7]])
-    >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist()
-    ([[5, 6], [7, 0]], [[1, 1], [1, 0]])
+    >>> collate_padded([[5, 6], [7]]).tolist()
+    [[5, 6], [7, 0]]
     """
     width = max(len(row) for row in ids)
-    return {
-        "input_ids": torch.tensor([[*row, *[0] * (width - len(row))] for row in ids]),
-        "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids]),
-    }
-
-
-def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Return the batch on `device`."""
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in ids])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -693,17 +721,140 @@ def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Te
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def last_token(hidden: Tensor, lengths: Tensor) -> Tensor:
-    """Return the hidden state of the last real token of each row, (B, D).
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """Where each query lies in a packed row of N tokens."""
 
-    Its position comes from the lengths, never from a token id: where the padding token is also the end-of-text token,
-    a search for the id stops inside the text (https://github.com/huggingface/transformers/issues/35352).
+    lengths: list[int]  # of the B queries
+    offsets: Tensor  # (B + 1,) int32: the first token of each, and N
+
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device) -> Packing:
+        """Return the packing of queries of these lengths."""
+        offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+        return cls(lengths, offsets)
+
+    def position_ids(self) -> Tensor:
+        """Return each token's place in its query, (1, N)."""
+        starts = self.offsets[:-1].repeat_interleave(self.offsets.diff(), output_size=sum(self.lengths))
+        return (torch.arange(len(starts), device=starts.device) - starts)[None]
+
+
+def has_varlen_kernel(query: Tensor) -> bool:
+    """Return whether `varlen_attn` computes such queries: bf16 and fp16 on a GPU."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+
+
+def attend_packed(_module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: None = None, *,
+                  packing: Packing, scaling: float, last_only: bool = False, **_options: Any) -> tuple[Tensor, None]:
+    """Causal attention within each query of a packed row, as transformers' attention interface calls it.
 
     Args:
-        hidden: (B, T, D), real tokens first.
-        lengths: (B,), real tokens in each row.
+        query: (1, heads, N, width); where `last_only`, (1, heads, B, width): the last token of each query.
+        key: (1, key heads, N, width); each serves heads / key heads heads.
+        value: like key.
+        packing: required: without it the queries would attend to each other.
+        scaling: of the products of query and key.
+        last_only: the query is the last token of each, which sees them all.
+
+    Returns:
+        The attended values, (1, N or B, heads, width), and None for the weights, which are not kept.
     """
-    return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+    asked = [1] * len(packing.lengths) if last_only else packing.lengths
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves them in float32 if the embeddings are
+    if has_varlen_kernel(query):
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))  # (N, heads, width)
+        offsets = torch.arange(len(asked) + 1, dtype=torch.int32, device=q.device) if last_only else packing.offsets
+        options: dict[str, Any] = {} if last_only else {"window_size": (-1, 0), "is_causal": True}
+        options |= {"enable_gqa": True}
+        accepted = inspect.signature(varlen_attn).parameters  # torch 2.10 to 2.13 name the same things differently
+        output: Any = varlen_attn(q, k, v, offsets, packing.offsets, max(asked), max(packing.lengths), scale=scaling,
+                                  **{name: value for name, value in options.items() if name in accepted})
+        return output.unsqueeze(0), None
+    pieces = zip(query.split(asked, 2), key.split(packing.lengths, 2), value.split(packing.lengths, 2), strict=True)
+    attended = [F.scaled_dot_product_attention(*piece, is_causal=not last_only, scale=scaling, enable_gqa=True)
+                for piece in pieces]
+    return torch.cat(attended, dim=2).transpose(1, 2), None
+
+
+def last_layer_forward(layer: Any, hidden_states: Tensor, *, packing: Packing,
+                       position_embeddings: tuple[Tensor, Tensor], **_options: Any) -> Tensor:
+    """Run the last decoder layer for the last token of each query only, (1, N, D) -> (1, B, D): no other is read.
+
+    The same arithmetic as LlamaDecoderLayer of transformers (Qwen3 adds norms of queries and keys).
+    """
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    attention, last = layer.self_attn, packing.offsets[1:] - 1
+    normed = layer.input_layernorm(hidden_states)
+
+    def heads(linear: nn.Module, states: Tensor, norm: str = "") -> Tensor:  # (1, T, D) -> (1, heads, T, width)
+        split = linear(states).unflatten(-1, (-1, attention.head_dim))
+        return (getattr(attention, norm)(split) if hasattr(attention, norm) else split).transpose(1, 2)
+
+    cos, sin = position_embeddings
+    query = heads(attention.q_proj, normed[:, last], "q_norm")
+    key, value = heads(attention.k_proj, normed, "k_norm"), heads(attention.v_proj, normed)
+    query, _ = apply_rotary_pos_emb(query, query, cos[:, last], sin[:, last])
+    _, key = apply_rotary_pos_emb(key, key, cos, sin)
+    attended, _ = attend_packed(attention, query, key, value, packing=packing, scaling=attention.scaling,
+                                last_only=True)
+    hidden_states = hidden_states[:, last] + attention.o_proj(attended.flatten(-2))
+    return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
+
+
+# Decoders whose last layer `last_layer_forward` computes; the tests hold packed against one by one for each of them.
+PACKABLE = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def choose_packed(attention: str, backbone: Any, max_length: int) -> bool:
+    """Return whether this backbone gets its queries, of at most `max_length` tokens, packed.
+
+    Raises:
+        UserError: it must, and cannot.
+    """
+    config = backbone.config
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    packable = config.model_type in PACKABLE and max_length <= (window or max_length)
+    if attention == "packed" and not packable:
+        raise UserError(f"attention packed: {config.name_or_path} is a {config.model_type}, its window "
+                        f"{window or 'unbounded'}: it takes {', '.join(PACKABLE)} whose window holds max_length tokens")
+    old_gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)  # without varlen_attn
+    return packable and attention != "padded" and not old_gpu
+
+
+def set_packed(backbone: Any) -> None:
+    """Let the backbone compute packed rows, (1, N) ids -> (1, B, D) hidden states of the last tokens."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("packed", attend_packed)
+    backbone.set_attn_implementation("packed")
+    backbone.layers[-1].forward = functools.partial(last_layer_forward, backbone.layers[-1])
+
+
+def is_causal(backbone: nn.Module) -> bool:
+    """Return whether no token of this backbone attends to later ones."""
+    flags = [module.is_causal for module in backbone.modules() if hasattr(module, "is_causal")]
+    return bool(flags) and all(flags)
+
+
+def checkpoint_activations(model: nn.Module, every: int) -> None:
+    """Recompute every `every`-th layer in the backward pass instead of keeping its activations; 0 = none.
+
+    Raises:
+        UserError: the layers of this backbone do not offer it.
+    """
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if every and not layers:
+        raise UserError("activation_checkpointing on: this backbone's layers do not offer it")
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = every > 0 and number % every == 0
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
 
 def build_head(width: int, dropout: float) -> nn.Sequential:
@@ -732,13 +883,15 @@ def explain_loading(name: str, error: Exception) -> UserError:
     )
 
 
-def load_tokenizer_and_backbone(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_tokenizer_and_backbone(name: str, dtype: torch.dtype, quantization: str) -> tuple[Any, Any]:
     """Return the tokenizer, and the backbone without a language-modelling head, its weights in `dtype`.
+
+    Where `quantization` is nf4, its linear layers hold 4 bits a weight (https://arxiv.org/abs/2305.14314).
 
     Raises:
         UserError: it cannot be loaded; the message says what to do.
     """
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig
 
     try:
         config = AutoConfig.from_pretrained(name)  # first: the quickest to tell that there is no access
@@ -748,7 +901,11 @@ def load_tokenizer_and_backbone(name: str, dtype: torch.dtype) -> tuple[Any, Any
             if "dropout" in key and isinstance(value, float):
                 setattr(config, key, 0.0)  # adapters and head have their own; more of it only blurs a regression
         tokenizer = AutoTokenizer.from_pretrained(name)
-        backbone, info = AutoModel.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
+        quantized = None if quantization == "none" else BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype)
+        backbone, info = AutoModel.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True,
+                                                   quantization_config=quantized)
         missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]  # we pool ourselves
         if missing:  # transformers would go on with random values
             raise UserError(f"cannot load {name}: its files lack {len(missing)} weights, the first {missing[0]}")
@@ -765,6 +922,7 @@ def load_tokenizer_and_backbone(name: str, dtype: torch.dtype) -> tuple[Any, Any
 def add_adapters(backbone: Any, cfg: Config) -> Any:
     """Return the backbone frozen, with LoRA adapters (https://arxiv.org/abs/2106.09685) in float32."""
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     linears = sorted({name.rsplit(".", 1)[-1] for name, module in backbone.named_modules()
                       if getattr(module, "weight", None) is not None and module.weight.ndim == 2
@@ -773,10 +931,29 @@ def add_adapters(backbone: Any, cfg: Config) -> Any:
     if unknown:
         raise UserError(f"lora_target_modules: {', '.join(unknown)} not in {cfg['model_name']}, "
                         f"whose linear layers are {', '.join(linears)}")
-    return get_peft_model(backbone, LoraConfig(
-        r=cfg["lora_r"], lora_alpha=cfg["lora_alpha"], lora_dropout=cfg["lora_dropout"],
-        target_modules=list(cfg["lora_target_modules"]),
-    ))
+    adapted = get_peft_model(backbone, LoraConfig(
+        r=cfg["lora_r"], lora_alpha=cfg["lora_alpha"], target_modules=list(cfg["lora_target_modules"])))
+    dropout = SharedDropout(cfg["lora_dropout"])
+    for module in adapted.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False  # autocast casts the weights: a float32 copy of each input is waste
+            module.lora_dropout["default"] = dropout
+    return adapted
+
+
+class SharedDropout(nn.Dropout):
+    """Dropout that gives adapters with the same input (q, k and v; gate and up) one mask and one copy of it to keep."""
+
+    latest: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return the states with elements dropped, or what was returned for this very tensor a moment ago."""
+        if not self.training or not self.p:
+            self.latest = None
+            return states
+        if self.latest is None or self.latest[0] is not states:
+            self.latest = (states, super().forward(states))
+        return self.latest[1]
 
 
 def fingerprint_weights(backbone: nn.Module) -> str:
@@ -786,6 +963,8 @@ def fingerprint_weights(backbone: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, weight in backbone.named_parameters():
+        if not weight.is_floating_point():
+            continue  # packed 4-bit values, which may be rounded otherwise on another device
         flat = weight.detach().flatten()
         sample = flat[:: max(1, len(flat) // 64)].to(torch.bfloat16).view(torch.int16)
         digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.cpu().numpy().tobytes())
@@ -818,11 +997,15 @@ class BudgetRegressionModel(nn.Module):
         self.huber_delta = config["huber_delta"]
 
         weights_dtype = self.dtype if config["lora_r"] else torch.float32
-        self.tokenizer, backbone = load_tokenizer_and_backbone(config["model_name"], weights_dtype)
+        self.tokenizer, backbone = load_tokenizer_and_backbone(config["model_name"], weights_dtype,
+                                                               config["quantization"])
         self._check_max_length(getattr(backbone.config, "max_position_embeddings", None) or self.max_length)
         self.backbone_fingerprint = fingerprint_weights(backbone)
-        if config["activation_checkpointing"] == "on":
-            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.packed = choose_packed(config["attention"], backbone, self.max_length)
+        if self.packed:
+            set_packed(backbone)
+        self.causal = is_causal(backbone)
+        checkpoint_activations(backbone, every=1 if config["activation_checkpointing"] == "on" else 0)
         self.head = build_head(backbone.config.get_text_config().hidden_size, config["head_dropout"])
         self.backbone = add_adapters(backbone, config) if config["lora_r"] else backbone
         # The head's output is in units of target_scale around target_offset, in tokens or their logarithm.
@@ -855,43 +1038,82 @@ class BudgetRegressionModel(nn.Module):
         tokens = target.clamp(max=math.log(LONGEST_BUDGET)).exp() if self.log_target else target
         return tokens.clamp(1.0, LONGEST_BUDGET)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, *, scaled: bool = False) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, *,
+                lengths: Sequence[int] | None = None, scaled: bool = False) -> Tensor:
         """Return the predicted budgets in tokens, (B,).
 
         Args:
-            input_ids: (B, T), padded on either side.
+            input_ids: (B, T), padded on either side; with `lengths` in its stead, what `collate` returned.
             attention_mask: (B, T), 1 for real tokens.
+            lengths: B real tokens each.
             scaled: return the head's output instead, which the loss works on.
         """
-        # Left padding would shift absolute positions: real tokens first, and no column that is padding throughout.
-        lengths = attention_mask.sum(dim=1)
-        columns = attention_mask.argsort(dim=1, descending=True, stable=True)[:, : int(lengths.max())]
-        input_ids, attention_mask = input_ids.gather(1, columns), attention_mask.gather(1, columns)
+        if attention_mask is not None:
+            real = attention_mask.bool()
+            lengths = real.sum(dim=1).tolist()
+            rows = input_ids[real].split(lengths)
+            input_ids = torch.cat(rows)[None] if self.packed else nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        elif lengths is None:
+            raise TypeError("forward needs an attention_mask, or lengths")
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
-            hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            hidden = self._last_hidden(input_ids, list(lengths))
         with torch.autocast(input_ids.device.type, enabled=False):  # bf16 outputs would step by 0.4 %
-            output = self.head(last_token(hidden, lengths).float()).squeeze(-1)
+            output = self.head(hidden.float()).squeeze(-1)
         return output if scaled else self.to_tokens(output)
 
-    def predict(self, queries: Sequence[str]) -> list[float]:
-        """Return the budget of each query in tokens, in the order given. Round up for a request field."""
+    def collate(self, ids: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """Return encoded queries as the arguments of `forward`, on the model's device."""
+        input_ids = collate_packed(ids) if self.packed else collate_padded(ids)
+        return {"input_ids": input_ids.to(self.target_scale.device), "lengths": [len(row) for row in ids]}
+
+    def plan(self, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+        """Return micro-batches of at most `max_tokens`, as lists of places in `lengths`, for `collate`."""
+        if self.packed:
+            return plan_packed(lengths, max_tokens)
+        # A GPU reads all weights and launches all kernels anew for each micro-batch; a CPU is busy with few tokens.
+        return plan_padded(lengths, max_tokens, overhead=32 if self.target_scale.device.type == "cpu" else 512)
+
+    def _last_hidden(self, input_ids: Tensor, lengths: list[int]) -> Tensor:
+        """Return the hidden state of each query's last token, (B, D), from (1, N) packed or (B, T) right-padded ids.
+
+        Its place comes from the lengths, never from a token id: where the padding token is also the end-of-text token,
+        a search for the id stops inside the text (https://github.com/huggingface/transformers/issues/35352).
+        """
+        if self.packed:
+            packing = Packing.of(lengths, input_ids.device)
+            return self.backbone(input_ids=input_ids, position_ids=packing.position_ids(), packing=packing,
+                                 ).last_hidden_state[0]
+        last = torch.tensor(lengths, device=input_ids.device) - 1
+        # Causal attention never looks to the right, where the padding is: without a mask its kernels are faster.
+        mask = None if self.causal else (torch.arange(input_ids.shape[1], device=last.device) <= last[:, None]).long()
+        hidden = self.backbone(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        return hidden[torch.arange(len(last), device=last.device), last]
+
+    def predict(self, queries: Sequence[str], processes: Any = None) -> list[float]:
+        """Return the budget of each query in tokens, in the order given. Round up for a request field.
+
+        With several `processes` (accelerate's PartialState), each computes a share and every one gets them all.
+        """
         if isinstance(queries, str):
             raise TypeError("predict takes a list of queries, not one string")
         ids, _ = encode(self.tokenizer, queries, self.max_length, self.prompt_template)
         was_training = self.training
         try:
-            return predict_encoded(self.eval(), ids, self.max_tokens).tolist()
+            return predict_encoded(self.eval(), ids, self.max_tokens, processes=processes).tolist()
         finally:
             self.train(was_training)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str = "auto", model_name: str = "") -> BudgetRegressionModel:
+    def from_checkpoint(cls, path: str | Path, device: str = "auto", model_name: str = "",
+                        merge: bool = False) -> BudgetRegressionModel:
         """Return a trained model on `device`, in eval mode, with its tokenizer.
 
         Args:
             path: a checkpoint that training wrote.
             device: "auto" (an accelerator if there is one), or a torch device.
             model_name: where the backbone is now, if not where it was in training.
+            merge: add the adapters to the backbone's weights: faster for few queries at a time, and on a GPU rounded
+                to bf16, so that budgets move a little.
 
         Raises:
             UserError: the file is not a whole checkpoint, or belongs to another backbone or head.
@@ -902,7 +1124,10 @@ class BudgetRegressionModel(nn.Module):
         place = pick_device() if device == "auto" else torch.device(device)
         model = cls(cfg, dtype=torch.bfloat16 if place.type == "cuda" else torch.float32)
         model.restore(checkpoint, Path(path), cfg["model_name"])
-        return model.to(place).eval()
+        model = model.to(place).eval()
+        if merge and cfg["lora_r"]:
+            model.backbone = model.backbone.merge_and_unload()
+        return model
 
     def restore(self, checkpoint: Mapping[str, Any], path: Path, model_name: str) -> None:
         """Load adapters, head and template from a checkpoint after checking that they belong to this backbone."""
@@ -926,38 +1151,51 @@ class BudgetRegressionModel(nn.Module):
     @staticmethod
     def _drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
         """Keep what training changes, adapters, head and buffers: 0.2 GB of the 3B model instead of 6.6."""
-        for name, parameter in module.named_parameters():
-            if not parameter.requires_grad:
-                state_dict.pop(prefix + name, None)
+        trained = {prefix + name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        for key in [key for key in state_dict if key.startswith(f"{prefix}backbone.") and key not in trained]:
+            del state_dict[key]
 
 
 @torch.inference_mode()
 def predict_encoded(model: BudgetRegressionModel, ids: Sequence[list[int]], max_tokens: int, *, title: str = "",
-                    share: tuple[int, int] = (0, 1), stop: StopSignal | None = None) -> np.ndarray:
+                    processes: Any = None, stop: StopSignal | None = None) -> np.ndarray:
     """Return the predicted budgets of encoded queries in tokens, shape (N,), in the order given.
+
+    A batch for which the GPU has not enough memory is cut in two.
 
     Args:
         model: in eval mode.
         ids: token ids of each query.
         max_tokens: of a batch, padding included.
         title: of the progress bar; empty = no bar.
-        share: (r, n): predict only every n-th batch from the r-th on, for process r of n; the other places stay 0.
+        processes: accelerate's Accelerator or PartialState: each process computes a share, every one gets the whole.
         stop: looked at after every batch.
 
     Raises:
         Stopped: a signal came.
     """
-    device = next(model.parameters()).device
+    rank, n_processes = (processes.process_index, processes.num_processes) if processes else (0, 1)
     predicted = np.zeros(len(ids))
-    plan = plan_micro_batches([len(row) for row in ids], max_tokens, micro_batch_overhead(device))[share[0] :: share[1]]
+    todo = model.plan([len(row) for row in ids], max_tokens)[rank::n_processes][::-1]
     with tqdm(total=len(ids), desc=title, leave=False, disable=None if title else True, unit=" queries") as bar:
-        for indices in plan:
-            batch = to_device(collate([ids[i] for i in indices]), device)
-            predicted[indices] = model(**batch).double().cpu().numpy()
-            bar.update(len(indices) * share[1])
+        while todo:
+            indices = todo.pop()
+            try:
+                predicted[indices] = model(**model.collate([ids[i] for i in indices])).double().cpu().numpy()
+            except torch.OutOfMemoryError:
+                if len(indices) == 1:
+                    raise
+                todo += [indices[1::2], indices[::2]]
+                continue
+            bar.update(len(indices) * n_processes)
             if stop is not None and stop.number:
                 raise Stopped(stop.number)
-    return predicted
+    if n_processes == 1:
+        return predicted
+    from accelerate.utils import reduce
+
+    together = reduce(torch.tensor(predicted, dtype=torch.float32, device=processes.device), "sum")
+    return together.double().cpu().numpy()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1248,6 +1486,7 @@ class Progress:
     best_epoch: float = 0.0
     validations_since_best: int = 0
     seconds: float = 0.0  # spent in steps, over all starts
+    token_limit: int = 0  # of a micro-batch: max_tokens_per_micro_batch, or what was found to fit into memory
     finished: bool = False
 
 
@@ -1268,6 +1507,7 @@ class Run:
     data_fingerprint: str
     progress: Progress = dataclasses.field(default_factory=Progress)
     val_metrics: Metrics = dataclasses.field(default_factory=dict)
+    checkpoint_every: int = 0  # recompute the activations of every so-manieth layer; 0 = of none
     last_save: float = dataclasses.field(default_factory=time.monotonic)
 
     @property
@@ -1279,6 +1519,42 @@ class Run:
     def step_size(self) -> int:
         """Examples of an optimizer step, over all processes."""
         return self.cfg["batch_size"] * self.cfg["grad_accum_steps"]
+
+    def __post_init__(self) -> None:
+        """Begin with the limit of the configuration."""
+        self.progress.token_limit = self.cfg["max_tokens_per_micro_batch"]
+
+    def use_less_memory(self, longest: int) -> None:
+        """Halve the token limit after GPU memory ran out; once every micro-batch is one example, recompute all layers.
+
+        Args:
+            longest: tokens of the longest example that has to fit.
+
+        Raises:
+            UserError: nothing is left to shrink, or other processes would wait for this one.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        limit = self.progress.token_limit
+        advice = "a smaller --max_length, --quantization nf4 or a smaller --model_name takes less"
+        if self.accelerator.num_processes > 1:
+            raise UserError(f"out of GPU memory with {limit:,} tokens in a micro-batch: halve "
+                            f"--max_tokens_per_micro_batch; {advice}")
+        if limit > longest:
+            self.progress.token_limit = limit // 2
+            self.log.say(f"Out of GPU memory: max_tokens_per_micro_batch is {limit // 2:,} from here on, was {limit:,}")
+        elif self.cfg["activation_checkpointing"] == "auto" and self.checkpoint_every != 1:
+            self.recompute_layers(every=1)
+            self.log.say("Out of GPU memory: every layer is recomputed from here on")
+        else:
+            raise UserError(f"out of GPU memory, though every micro-batch is one example of at most {longest:,} "
+                            f"tokens: {advice}")
+
+    def recompute_layers(self, every: int) -> None:
+        """Recompute every `every`-th layer in the backward pass from here on; 0 = none."""
+        checkpoint_activations(self.model, every)
+        self.checkpoint_every = every
 
     def save(self, name: str, *, resumable: bool = True) -> None:
         """Write output_dir/NAME, whole or not at all; without the optimizer it is a third of the size."""
@@ -1316,9 +1592,9 @@ class Run:
             UserError: its run differs from this one in something that decides what is learnt.
         """
         checkpoint = read_checkpoint(path, resumable=True)
-        theirs = checkpoint["config"]
-        changed = [f"{key} was {theirs.get(key)!r}, is {self.cfg[key]!r}" for key in CONFIG
-                   if key not in FREE_ON_RESUME and theirs.get(key) != self.cfg[key]]
+        theirs = {**CONFIG, **checkpoint["config"]}  # a key that is newer than the run had its default's effect
+        changed = [f"{key} was {theirs[key]!r}, is {self.cfg[key]!r}" for key in CONFIG
+                   if key not in FREE_ON_RESUME and theirs[key] != self.cfg[key]]
         if checkpoint["data_fingerprint"] != self.data_fingerprint:
             changed.append("the training or validation rows changed")
         if changed:
@@ -1328,6 +1604,8 @@ class Run:
         self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         self.scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
         self.progress = Progress(**checkpoint["progress"])
+        if theirs["max_tokens_per_micro_batch"] != self.cfg["max_tokens_per_micro_batch"]:
+            self.progress.token_limit = self.cfg["max_tokens_per_micro_batch"]
         self.val_metrics = dict(checkpoint["val_metrics"])
         self.log.history.update(checkpoint["history"])
 
@@ -1428,11 +1706,11 @@ def accumulate_gradients(run: Run, indices: Sequence[int]) -> Tensor:
     weight = 1.0 if mine else 0.0  # a process that got no example still takes part, with one that counts for nothing
     mine = mine or ranked[:1]
     lengths = [len(examples.ids[i]) for i in mine]
-    plan = plan_micro_batches(lengths, run.cfg["max_tokens_per_micro_batch"], micro_batch_overhead(device))
+    plan = run.model.plan(lengths, run.progress.token_limit)
     loss_sum = torch.zeros((), device=device)
     for number, members in enumerate(plan, start=1):
         chosen = [mine[i] for i in members]
-        batch = to_device(collate([examples.ids[i] for i in chosen]), device)
+        batch = run.model.collate([examples.ids[i] for i in chosen])
         target = run.model.to_scaled(torch.tensor(examples.budget[chosen], dtype=torch.float32, device=device))
         censored = torch.tensor(examples.censored[chosen], device=device)
         is_last = number == len(plan)  # the processes exchange gradients once a step
@@ -1444,6 +1722,35 @@ def accumulate_gradients(run: Run, indices: Sequence[int]) -> Tensor:
     return loss_sum
 
 
+def fit_memory(run: Run) -> None:
+    """Find how many layers must be recomputed for the longest micro-batch to fit into GPU memory, by running it.
+
+    Raises:
+        UserError: not even the longest example alone fits.
+    """
+    longest = max(run.examples["train"].ids, key=len)
+    ladder = {"off": [0], "on": [1], "auto": [0, 4, 2, 1]}[run.cfg["activation_checkpointing"]]
+    # AdamW's moments are not there before the first step: two float32 values for each that is trained.
+    moments = torch.empty(2 * sum(p.nbytes for p in run.model.parameters() if p.requires_grad), dtype=torch.uint8,
+                          device=run.accelerator.device)
+    while True:
+        ids = [longest] * max(1, run.progress.token_limit // len(longest))
+        for every in ladder:
+            run.recompute_layers(every)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            with suppress(torch.OutOfMemoryError):
+                run.model(**run.model.collate(ids), scaled=True).sum().backward()
+                run.optimizer.zero_grad(set_to_none=True)
+                peak = torch.cuda.max_memory_allocated() / 2**30
+                what = f"every {every} layers" if every > 1 else "every layer" if every else "no layer"
+                run.log.say(f"Memory {peak:.1f} GiB at most for {len(longest) * len(ids):,} tokens, the largest "
+                            f"micro-batch; recomputing {what}")
+                del moments
+                return
+        run.use_less_memory(longest=len(longest))
+
+
 def train_step(run: Run, indices: Sequence[int]) -> int:
     """Take one optimizer step on the training examples `indices` and record it; return a signal that came, or 0.
 
@@ -1451,10 +1758,16 @@ def train_step(run: Run, indices: Sequence[int]) -> int:
         UserError: the loss or the gradient is not finite; the weights are as they were before the step.
     """
     started, progress, accelerator = time.perf_counter(), run.progress, run.accelerator
-    # Dropout masks are a function of (seed, step, process): a resumed run draws the same ones with nothing stored.
-    stream = np.random.SeedSequence([run.cfg["seed"], progress.step, accelerator.process_index])
-    torch.manual_seed(int(stream.generate_state(1)[0]))
-    loss_sum = accumulate_gradients(run, indices)
+    loss_sum = None
+    while loss_sum is None:
+        # Dropout masks are a function of (seed, step, process): a resumed run draws the same with nothing stored.
+        stream = np.random.SeedSequence([run.cfg["seed"], progress.step, accelerator.process_index])
+        torch.manual_seed(int(stream.generate_state(1)[0]))
+        # In place of an except clause, which would keep the tensors of the failed attempt alive.
+        with suppress(torch.OutOfMemoryError):
+            loss_sum = accumulate_gradients(run, indices)
+        if loss_sum is None:
+            run.use_less_memory(longest=max(len(run.examples["train"].ids[i]) for i in indices))
     # One exchange tells every process the loss, and a signal that any of them got.
     status = accelerator.gather(torch.stack([loss_sum, torch.full_like(loss_sum, run.stop.number)])[None])
     loss_total, signal_number = float(status[:, 0].sum()), int(status[:, 1].max())
@@ -1480,27 +1793,25 @@ def train_step(run: Run, indices: Sequence[int]) -> int:
     return signal_number
 
 
-def predict_shared(run: Run, split: str) -> np.ndarray:
+def predict_split(run: Run, split: str) -> np.ndarray:
     """Return predictions for a whole split in tokens, (N,), in every process; each of them computes its share."""
     accelerator = run.accelerator
-    share = (accelerator.process_index, accelerator.num_processes)
     # A process that left alone would keep the others waiting: with several, a signal waits for the next step.
     stop = run.stop if accelerator.num_processes == 1 else None
     run.model.eval()
-    predicted = predict_encoded(run.model, run.examples[split].ids, run.cfg["max_tokens_per_micro_batch"],
-                                title=split if accelerator.is_main_process else "", share=share, stop=stop)
+    predicted = predict_encoded(run.model, run.examples[split].ids, run.progress.token_limit, processes=accelerator,
+                                title=split if accelerator.is_main_process else "", stop=stop)
     run.model.train()
-    together = accelerator.reduce(torch.tensor(predicted, dtype=torch.float32, device=accelerator.device), "sum")
-    result = together.cpu().double().numpy()
-    if not np.isfinite(result).all():
-        raise UserError(f"{split}: {np.sum(~np.isfinite(result)):,} predictions are not finite: lower --learning_rate")
-    return result
+    if not np.isfinite(predicted).all():
+        raise UserError(f"{split}: {np.sum(~np.isfinite(predicted)):,} predictions are not finite: "
+                        "lower --learning_rate")
+    return predicted
 
 
 def validate(run: Run) -> None:
     """Score the model on the validation rows, say and record it, and keep it if it is the best so far."""
     progress, examples = run.progress, run.examples["val"]
-    run.val_metrics = regression_metrics(examples.budget, predict_shared(run, "val"), examples.censored)
+    run.val_metrics = regression_metrics(examples.budget, predict_split(run, "val"), examples.censored)
     mae = run.val_metrics["mae"]
     is_best = mae < progress.best_mae
     epoch = progress.epoch + progress.examples_seen / len(run.splits["train"])
@@ -1589,7 +1900,9 @@ def set_up(cfg: Config, accelerator: Any, log: RunLog) -> Run:
         if not (run.path / "best_model.pt").is_file():
             run.progress.best_mae = math.inf
             log.say(f"No best_model.pt in {run.path}: the best from here on will be kept")
-    elif accelerator.is_main_process:
+    if accelerator.device.type == "cuda":
+        fit_memory(run)
+    if to_resume is None and accelerator.is_main_process:
         for old in ("last.pt", "best_model.pt", *(path.name for path in run.path.glob("epoch_*.pt"))):
             (run.path / old).unlink(missing_ok=True)  # of a run that --overwrite replaces
         run.save("last.pt")  # a disk or folder that cannot be written shows now, and any kill from here can be resumed
@@ -1644,7 +1957,7 @@ def report_run(run: Run) -> None:
     latest = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     try:
         run.model.restore(read_checkpoint(path), path, cfg["model_name"])
-        predicted = {split: predict_shared(run, split) for split in ("val", "test") if split in run.splits}
+        predicted = {split: predict_split(run, split) for split in ("val", "test") if split in run.splits}
     finally:
         run.model.load_state_dict(latest)  # what last.pt has to hold, also if a signal came
     if not run.accelerator.is_main_process:
@@ -1675,21 +1988,31 @@ def report_run(run: Run) -> None:
 WINDOW = 4096  # rows held in memory at once; sorted by length among themselves
 
 
-def predict_file(model: BudgetRegressionModel, path: str, n_rows: int, output: IO[bytes]) -> None:
-    """Write every usable row of a file with its predicted_budget, in whole tokens rounded up, in the same order."""
+def predict_file(model: BudgetRegressionModel, path: str, n_rows: int, output: IO[bytes] | None,
+                 processes: Any) -> None:
+    """Write every usable row of a file with its predicted_budget, in whole tokens rounded up, in the same order.
+
+    Of several `processes`, each computes a share of every window; the one with an output writes.
+    """
     rows = (item for item in iter_rows(path, labelled=False) if isinstance(item, Row))
-    with tqdm(total=n_rows, desc="predict", disable=None, unit=" queries") as bar:
+    with tqdm(total=n_rows, desc="predict", disable=None if output else True, unit=" queries") as bar:
         while window := list(itertools.islice(rows, WINDOW)):
-            budgets = model.predict([row.query for row in window])
+            budgets = model.predict([row.query for row in window], processes)
             for row, budget in zip(window, budgets, strict=True):
-                output.write(json_line({**row.fields, "predicted_budget": math.ceil(budget)}))
+                if output:
+                    output.write(json_line({**row.fields, "predicted_budget": math.ceil(budget)}))
             bar.update(len(window))
 
 
 def predict_command(args: argparse.Namespace) -> None:
     """Print the budgets of the queries given as arguments, or write those of a file."""
+    from accelerate import PartialState
+
+    processes = PartialState()  # one, or several under `accelerate launch`
+
     def say(text: str) -> None:
-        print(text, file=sys.stderr)
+        if processes.is_main_process:
+            print(text, file=sys.stderr)
 
     n_rows = 0
     if args.input:  # read to the end before the weights are loaded, so that a bad row costs no time
@@ -1699,17 +2022,18 @@ def predict_command(args: argparse.Namespace) -> None:
     empty = [number for number, query in enumerate(args.queries, start=1) if not query.strip()]
     if empty:
         raise UserError(f"query {empty[0]} is empty")
-    model = BudgetRegressionModel.from_checkpoint(args.checkpoint, model_name=args.model_name or "")
+    model = BudgetRegressionModel.from_checkpoint(args.checkpoint, str(processes.device), args.model_name or "",
+                                                  args.merge_adapters)
     model.max_tokens = args.max_tokens_per_micro_batch or model.max_tokens
-    if not args.input:
+    if args.input:
+        destination = nullcontext(sys.stdout.buffer) if not args.output else atomic_file(Path(args.output))
+        with destination if processes.is_main_process else nullcontext() as file:
+            predict_file(model, args.input, n_rows, file, processes)
+        if args.output:
+            say(f"Written: {args.output}, {n_rows:,} rows")
+    elif processes.is_main_process:
         for query, budget in zip(args.queries, model.predict(args.queries), strict=True):
             print(f"{math.ceil(budget)}\t{one_line(query)}")
-    elif args.output:
-        with atomic_file(Path(args.output)) as file:
-            predict_file(model, args.input, n_rows, file)
-        say(f"Written: {args.output}, {n_rows:,} rows")
-    else:
-        predict_file(model, args.input, n_rows, sys.stdout.buffer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1724,6 +2048,7 @@ def quieten_libraries() -> None:
 
     huggingface_hub.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # peft imports it where it is installed
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
 
@@ -1746,9 +2071,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":  # one message, whatever the number of processes
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        print("error: out of GPU memory: halve --max_tokens_per_micro_batch, then --activation_checkpointing on;\n"
-              "  neither changes a result, and a run goes on from its last save", file=sys.stderr)
+    except torch.OutOfMemoryError as error:  # where no smaller micro-batch would help: the weights, or one long query
+        print(f"error: out of GPU memory ({str(error).split('. ')[0]}): --quantization nf4 or a smaller --model_name "
+              "takes less", file=sys.stderr)
         return 2
     except Stopped as stopped:
         return 128 + int(stopped.args[0])

@@ -77,16 +77,16 @@ def save_tokenizer(folder: Path, bos: str, eos: str, pad: str, template: str):
     return tokenizer
 
 
-def save_llama(folder: Path, seed: int) -> str:
-    """Write a two-layer Llama of random weights with its tokenizer, and return the folder."""
+def save_llama(folder: Path, seed: int, **shape: int) -> str:
+    """Write a two-layer Llama of random weights, or one of another shape, with its tokenizer; return the folder."""
     from transformers import LlamaConfig, LlamaModel
 
     tokenizer = save_tokenizer(folder, "<s>", "</s>", "<pad>", "<s> $A")
     torch.manual_seed(seed)
-    LlamaModel(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2,
-        bos_token_id=0, eos_token_id=1, pad_token_id=2)).save_pretrained(folder)
+    LlamaModel(LlamaConfig(**{
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2} | shape)).save_pretrained(folder)
     return str(folder)
 
 

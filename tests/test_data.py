@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_rows, read_rows, write_rows
 from transformers import AutoTokenizer
 
@@ -323,18 +324,37 @@ def test_odd_characters_in_a_query_reach_the_tokens(tokenizer, query):
     assert f"Query: {query.encode('utf-8', 'replace').decode()}\nReasoning tokens needed:" in text
 
 
-def test_a_micro_batch_plan_holds_every_example_once_within_the_limit():
+def random_lengths(rng: random.Random) -> list[int]:
+    return [rng.choice((rng.randrange(1, 20), rng.randrange(1, 700))) for _ in range(rng.randrange(1, 60))]
+
+
+def test_a_padded_plan_holds_every_example_once_within_the_limit():
     rng = random.Random(5)
     for _ in range(300):
-        lengths = [rng.choice((rng.randrange(1, 20), rng.randrange(1, 700))) for _ in range(rng.randrange(1, 60))]
+        lengths = random_lengths(rng)
         max_tokens = rng.choice((1, rng.randrange(1, 200), rng.randrange(200, 5000)))
-        plan = train_sft_l4.plan_micro_batches(lengths, max_tokens)
+        plan = train_sft_l4.plan_padded(lengths, max_tokens)
         assert sorted(index for members in plan for index in members) == list(range(len(lengths)))
         for members in plan:
             longest = max(lengths[index] for index in members)
             assert len(members) == 1 or longest * len(members) <= max_tokens
         in_order = [lengths[index] for members in plan for index in members]
         assert in_order == sorted(lengths, reverse=True)
+
+
+def test_a_packed_plan_holds_every_example_once_within_the_limit_and_evenly():
+    rng = random.Random(5)
+    for _ in range(300):
+        lengths = random_lengths(rng)
+        max_tokens = rng.choice((1, rng.randrange(1, 200), rng.randrange(200, 5000)))
+        plan = train_sft_l4.plan_packed(lengths, max_tokens)
+        assert sorted(index for members in plan for index in members) == list(range(len(lengths)))
+        tokens = [sum(lengths[index] for index in members) for members in plan]
+        assert all(total <= max_tokens or len(members) == 1 for total, members in zip(tokens, plan, strict=True))
+        if max(lengths) <= max_tokens:  # two that fit into one would have been one
+            assert len(plan) <= max(1, 2 * sum(lengths) / max_tokens + 1)
+        if max_tokens >= 2 * max(lengths):
+            assert max(tokens) - min(tokens) <= max(lengths)
 
 
 def test_a_plan_has_the_least_work_of_all_plans():
@@ -349,18 +369,19 @@ def test_a_plan_has_the_least_work_of_all_plans():
             sizes = [(end - begin) * lengths[begin] for begin, end in zip(begins, ends, strict=True)]
             if max(sizes) <= max_tokens:
                 works.append(sum(sizes) + overhead * len(sizes))
-        plan = train_sft_l4.plan_micro_batches(lengths, max_tokens, overhead)
+        plan = train_sft_l4.plan_padded(lengths, max_tokens, overhead)
         assert sum(len(members) * lengths[members[0]] + overhead for members in plan) == min(works)
 
 
 def test_an_empty_plan_is_empty():
-    assert train_sft_l4.plan_micro_batches([], 100) == []
+    assert train_sft_l4.plan_padded([], 100) == train_sft_l4.plan_packed([], 100) == []
 
 
-def test_collate_pads_to_the_longest_on_the_right():
-    batch = train_sft_l4.collate([[5, 6, 7], [8], [9, 10]])
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0], [9, 10, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+def test_collate_pads_to_the_longest_on_the_right_or_packs():
+    ids = [[5, 6, 7], [8], [9, 10]]
+    assert train_sft_l4.collate_padded(ids).tolist() == [[5, 6, 7], [8, 0, 0], [9, 10, 0]]
+    assert train_sft_l4.collate_packed(ids).tolist() == [[5, 6, 7, 8, 9, 10]]
+    assert train_sft_l4.Packing.of([3, 1, 2], torch.device("cpu")).position_ids().tolist() == [[0, 1, 2, 0, 0, 1]]
 
 
 def test_an_epochs_order_is_a_permutation_that_depends_on_seed_and_epoch_alone():

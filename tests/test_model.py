@@ -1,20 +1,23 @@
 """The model: the promised Python use, pooling and padding, what is trained and saved, unfit checkpoints."""
 
 import copy
+import functools
 import json
 import math
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModel
 
 import train_sft_l4
-from train_sft_l4 import BudgetRegressionModel, UserError, collate
+from train_sft_l4 import BudgetRegressionModel, UserError
 
 QUERIES = [
     "Solve 2x + 5 = 13",
@@ -57,11 +60,13 @@ def randomized(config) -> BudgetRegressionModel:
     return model.eval()
 
 
-@pytest.fixture(params=["llama", "bert"])
+@pytest.fixture(params=["packed", "padded", "encoder"])
 def model(request, config) -> BudgetRegressionModel:
-    if request.param == "bert":
+    if request.param == "encoder":
         config |= {"model_name": request.getfixturevalue("bert"), "lora_target_modules": ["query", "value", "dense"]}
-    return randomized(config)
+    model = randomized(config | {"attention": "padded" if request.param == "padded" else "auto"})
+    assert (model.packed, model.causal) == (request.param == "packed", request.param != "encoder")
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -123,13 +128,13 @@ def test_a_number_is_backbone_plus_adapters_then_the_head_on_the_last_token(conf
                 norm = (state[f"head.{layer + 1}.{name}"] for name in ("weight", "bias"))
                 x = functional.layer_norm(x, x.shape, *norm).relu()
             expected = 1000 + 1000 * functional.linear(x, state["head.8.weight"], state["head.8.bias"])
-            torch.testing.assert_close(model(**collate([ids])), expected, rtol=1e-4, atol=0)
+            torch.testing.assert_close(model(**model.collate([ids])), expected, rtol=1e-4, atol=0)
 
 
 def test_padding_does_not_change_a_number(model):
     ids = encoded(model)
     with torch.inference_mode():
-        alone = torch.cat([model(**collate([row])) for row in ids])
+        alone = torch.cat([model(**model.collate([row])) for row in ids])
         assert alone.std() > 10
         for width in (max(map(len, ids)), 64, 512):
             for on_the_left in (False, True):
@@ -142,8 +147,8 @@ def test_a_text_that_ends_in_the_padding_token_is_read_to_its_end(model):
     end = model.tokenizer.eos_token_id
     ids = [[0, 40, 41, 42, end], [0, 40, 41, end, end, end, 50, 51, 52]]
     with torch.inference_mode():
-        alone = torch.cat([model(**collate([row])) for row in ids])
-        shorter = model(**collate([ids[0][:-1]]))
+        alone = torch.cat([model(**model.collate([row])) for row in ids])
+        shorter = model(**model.collate([ids[0][:-1]]))
         for on_the_left in (False, True):
             together = model(**padded(ids, 9, on_the_left, end))
             torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
@@ -152,14 +157,210 @@ def test_a_text_that_ends_in_the_padding_token_is_read_to_its_end(model):
 
 def test_forward_returns_a_number_a_row(model):
     with torch.inference_mode():
-        output = model(**collate(encoded(model)))
+        output = model(**model.collate(encoded(model)))
     assert output.shape == (len(QUERIES),)
     assert output.dtype == torch.float32
 
 
-def test_last_token_takes_the_position_before_the_padding():
-    hidden = torch.arange(24.0).reshape(2, 4, 3)
-    assert train_sft_l4.last_token(hidden, torch.tensor([4, 2])).tolist() == [[9.0, 10.0, 11.0], [15.0, 16.0, 17.0]]
+def test_forward_needs_to_know_the_lengths(model):
+    with pytest.raises(TypeError, match="attention_mask, or lengths"):
+        model(torch.tensor([[5, 6]]))
+
+
+DECODERS = {  # what differs between their layers: biases of q, k and v; norms of q and k; heads wider than the rest
+    "llama": {"attention_bias": True},
+    "mistral": {"sliding_window": None, "head_dim": 16},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+}
+
+
+@pytest.fixture(params=train_sft_l4.PACKABLE)
+def decoder(request, llama, tmp_path) -> str:
+    """A folder with a tiny backbone of a type that is packed."""
+    from transformers import AutoConfig
+
+    shutil.copytree(llama, tmp_path / "decoder")
+    torch.manual_seed(4)
+    AutoModel.from_config(AutoConfig.for_model(request.param, **{
+        "vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2,
+    } | DECODERS[request.param])).save_pretrained(tmp_path / "decoder")
+    return str(tmp_path / "decoder")
+
+
+def test_packed_is_one_by_one_in_outputs_and_gradients(config, decoder):
+    config |= {"model_name": decoder, "lora_dropout": 0.0, "head_dropout": 0.0}
+    packed, plain = (randomized(config | {"attention": attention}) for attention in ("packed", "padded"))
+    assert (packed.packed, plain.packed) == (True, False)
+    ids = encoded(packed)
+    outputs = packed(**packed.collate(ids), scaled=True)
+    alone = torch.cat([plain(torch.tensor([row]), torch.ones(1, len(row)), scaled=True) for row in ids])
+    torch.testing.assert_close(outputs, alone, rtol=1e-5, atol=1e-6)
+    assert alone.std() > 0.01
+    for output in (outputs, alone):
+        (output * torch.arange(1.0, 1 + len(ids))).sum().backward()
+    n_compared = 0
+    for (name, found), expected in zip(packed.named_parameters(), plain.parameters(), strict=True):
+        if expected.grad is not None:
+            n_compared += 1
+            assert expected.grad.abs().max() > 0
+            torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3,
+                                       atol=1e-4 * float(expected.grad.abs().max()), msg=name)
+    assert n_compared == len([name for name in packed.state_dict() if "target" not in name])
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+def test_packed_attention_is_attention_query_by_query(last_only):
+    torch.manual_seed(5)
+    lengths, scaling = [3, 1, 6], 0.3
+    query, key, value = (torch.randn(1, heads, 10, 8) for heads in (4, 2, 2))
+    packing = train_sft_l4.Packing.of(lengths, query.device)
+    asked = query[:, :, packing.offsets[1:] - 1] if last_only else query
+    found, weights = train_sft_l4.attend_packed(None, asked, key, value, packing=packing, scaling=scaling,
+                                                last_only=last_only)
+    expected = []
+    for begin, length in zip((0, 3, 4), lengths, strict=True):
+        for place in [length - 1] if last_only else range(length):
+            seen = slice(begin, begin + place + 1)  # of its own query, up to itself
+            for head in range(4):
+                scores = key[0, head // 2, seen] @ query[0, head, begin + place] * scaling
+                expected.append(scores.softmax(0) @ value[0, head // 2, seen])
+    torch.testing.assert_close(found, torch.stack(expected).reshape(1, -1, 4, 8))
+    assert weights is None
+
+
+def test_packed_attention_on_a_gpu_passes_the_kernel_what_it_takes():
+    """The shapes and flags of the call, by fake tensors: no GPU is needed, and no number computed."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        query, key, value = (torch.empty(1, heads, 10, 128, dtype=torch.bfloat16, device="cuda")
+                             for heads in (24, 8, 8))
+        packing = train_sft_l4.Packing([3, 1, 6], torch.empty(4, dtype=torch.int32, device="cuda"))
+        for asked, last_only in ((query, False), (query.narrow(2, 0, 3), True)):
+            output, _ = train_sft_l4.attend_packed(None, asked, key, value, packing=packing, scaling=0.1,
+                                                   last_only=last_only)
+            assert output.shape == (1, asked.shape[2], 24, 128)
+
+
+def varlen_reference(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1),
+                     enable_gqa=False):
+    """What `torch.nn.attention.varlen.varlen_attn` documents, in plain torch: (tokens, heads, width)."""
+    assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
+    assert window_size in ((-1, -1), (-1, 0))
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    groups, outputs = query.shape[1] // key.shape[1], []
+    for number in range(len(cu_seq_q) - 1):
+        q = query[cu_seq_q[number] : cu_seq_q[number + 1]]
+        k, v = (each[cu_seq_k[number] : cu_seq_k[number + 1]].repeat_interleave(groups, 1) for each in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        if window_size == (-1, 0):
+            hidden = torch.ones(len(q), len(k), dtype=torch.bool).triu(1 + len(k) - len(q))
+            scores = scores.masked_fill(hidden, -torch.inf)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+    return torch.cat(outputs)
+
+
+def test_the_kernel_of_a_gpu_is_called_for_the_same_numbers(config, decoder, monkeypatch):
+    """Heads, groups of heads, offsets and causality of the call, with a stand-in for the kernel."""
+    config |= {"model_name": decoder, "lora_dropout": 0.0, "head_dropout": 0.0}
+    packed, plain = (randomized(config | {"attention": attention}) for attention in ("packed", "padded"))
+    monkeypatch.setattr(train_sft_l4, "has_varlen_kernel", lambda _: True)
+    calls = []
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", functools.wraps(varlen_reference)(
+        lambda *args, **options: calls.append(options) or varlen_reference(*args, **options)))
+    outputs = packed(**packed.collate(encoded(packed)), scaled=True)
+    torch.testing.assert_close(outputs, plain(**plain.collate(encoded(plain)), scaled=True), rtol=1e-5, atol=1e-6)
+    assert [options.get("window_size") for options in calls] == [(-1, 0), (-1, 0), None]
+
+
+def test_packed_attention_raises_without_the_lengths(config):
+    model = randomized(config)
+    with pytest.raises(TypeError, match="packing"):
+        model.backbone(input_ids=torch.tensor([[5, 6, 7]]))
+
+
+def test_a_backbone_that_cannot_be_packed_is_padded_or_refused(config, bert, decoder):
+    encoder = config | {"model_name": bert, "lora_target_modules": ["query", "value"]}
+    with pytest.raises(UserError, match="attention packed: .* is a bert, its window unbounded: it takes llama,"):
+        BudgetRegressionModel(encoder | {"attention": "packed"})
+    settings = json.loads((Path(decoder) / "config.json").read_text())
+    if settings["model_type"] == "mistral":
+        (Path(decoder) / "config.json").write_text(json.dumps(settings | {"sliding_window": 8}))
+        assert not BudgetRegressionModel(config | {"model_name": decoder}).packed
+        (Path(decoder) / "config.json").write_text(json.dumps(settings | {"sliding_window": config["max_length"]}))
+        assert BudgetRegressionModel(config | {"model_name": decoder}).packed
+        (Path(decoder) / "config.json").write_text(json.dumps(settings | {"sliding_window": 8}))
+        with pytest.raises(UserError, match="is a mistral, its window 8: "):
+            BudgetRegressionModel(config | {"model_name": decoder, "attention": "packed"})
+
+
+def test_adapters_that_read_one_tensor_share_a_dropout_mask(config):
+    config |= {"lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+    model = BudgetRegressionModel(config | {"lora_dropout": 0.5}).train()
+    dropped = {}
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_hook(
+                lambda _, inputs, output, key=name.split("layers.")[1].split(".lora_A")[0]: dropped.update(
+                    {key: inputs[0].detach().clone()}))
+    model(**model.collate(encoded(model)))
+    for layer in (0, 1):
+        q, k, v, o, gate, up, down = (
+            dropped[f"{layer}.{name}"] for name in (
+                "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+                "mlp.up_proj", "mlp.down_proj"))
+        assert torch.equal(gate, up)
+        assert torch.equal(k, v)
+        assert torch.equal(q, k) or layer == 1  # the last layer asks for the last tokens only
+        masks = [each == 0 for each in (k, o, up)]
+        assert all(0.3 < mask.float().mean() < 0.7 for mask in (*masks, down == 0))
+        assert layer == 1 or not torch.equal(masks[0], masks[1])
+    model.eval()
+    assert model.predict(QUERIES) == model.predict(QUERIES)
+
+
+def test_merged_adapters_give_the_same_budgets(trained, loaded):
+    merged = BudgetRegressionModel.from_checkpoint(trained.best, merge=True)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    assert merged.predict(QUERIES) == pytest.approx(loaded.predict(QUERIES), rel=1e-4)
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_cut(model, monkeypatch):
+    expected = model.predict(QUERIES)
+    largest, forward = 2, model.forward
+
+    def with_little_memory(input_ids, **options):
+        if len(options["lengths"]) > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(input_ids, **options)
+
+    monkeypatch.setattr(model, "forward", with_little_memory)
+    assert model.predict(QUERIES) == pytest.approx(expected, rel=1e-5)
+    largest = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        model.predict(QUERIES)
+
+
+def test_a_quantized_backbone_trains_and_comes_back(config, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from conftest import save_llama
+
+    folder = save_llama(tmp_path / "wide", seed=1, hidden_size=64)
+    config |= {"model_name": folder, "quantization": "nf4", "num_epochs": 1}
+    train_sft_l4.train(config)
+    model = BudgetRegressionModel.from_checkpoint(f"{config['output_dir']}/best_model.pt")
+    linear = model.backbone.base_model.model.layers[0].self_attn.q_proj.base_layer
+    assert linear.weight.dtype == torch.uint8
+    rows = [json.loads(line) for line in Path(config["log_dir"], "val_predictions.jsonl").read_text().splitlines()]
+    assert model.predict([row["query"] for row in rows]) == pytest.approx(
+        [row["predicted_budget"] for row in rows], rel=0.01)  # on a CPU, bitsandbytes computes in bf16 once it predicts
+    checkpoint = torch.load(f"{config['output_dir']}/best_model.pt")
+    with pytest.raises(UserError, match="trained on another backbone"):
+        BudgetRegressionModel(config | {"quantization": "none"}).restore(checkpoint, Path("best_model.pt"), folder)
 
 
 def test_predict_keeps_the_order_whatever_the_batches(model):
@@ -189,7 +390,7 @@ def test_predict_leaves_the_mode_and_uses_no_dropout(config):
 def test_a_cache_is_never_made(model):
     seen = []
     model.backbone.register_forward_hook(lambda module, inputs, output: seen.append(output.get("past_key_values")))
-    model.train()(**collate(encoded(model)))
+    model.train()(**model.collate(encoded(model)))
     model.predict(QUERIES)
     assert seen == [None] * len(seen)
     assert len(seen) >= 2

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_rows, read_rows, write_rows
+from conftest import make_rows, read_rows, save_llama, write_rows
 
 import train_sft_l4
-from train_sft_l4 import UserError, collate, huber_sum, lr_factor, warmup_length
+from train_sft_l4 import UserError, huber_sum, lr_factor, warmup_length
 
 WITHOUT_DROPOUT = {"lora_dropout": 0.0, "head_dropout": 0.0}
 
@@ -54,10 +54,13 @@ def history_of(config) -> dict:
     return json.loads((Path(config["log_dir"]) / "training_history.json").read_text())
 
 
+@pytest.mark.parametrize("attention", ["packed", "padded"])
 @pytest.mark.parametrize("target_transform", ["tokens", "log"])
-def test_gradients_are_those_of_the_mean_loss_however_the_examples_are_cut(config, target_transform, monkeypatch):
-    monkeypatch.setattr(train_sft_l4, "micro_batch_overhead", lambda _: 10**9)  # as few micro-batches as will fit
-    run = set_up(config | WITHOUT_DROPOUT | {"target_transform": target_transform})
+def test_gradients_are_those_of_the_mean_loss_however_the_examples_are_cut(config, target_transform, attention):
+    run = set_up(config | WITHOUT_DROPOUT | {"target_transform": target_transform, "attention": attention})
+    plain = set_up(config | WITHOUT_DROPOUT | {"target_transform": target_transform, "attention": "padded",
+                                               "overwrite": True})
+    shake(plain.model)
     shake(run.model)
     run.model.train()
     examples, indices = run.examples["train"], list(range(32))
@@ -65,22 +68,22 @@ def test_gradients_are_those_of_the_mean_loss_however_the_examples_are_cut(confi
 
     losses = []
     for i in indices:  # one by one, with torch's own loss
-        predicted = run.model(**collate([examples.ids[i]]), scaled=True)
+        predicted = plain.model(torch.tensor([examples.ids[i]]), torch.ones(1, len(examples.ids[i])), scaled=True)
         target = run.model.to_scaled(torch.tensor([examples.budget[i]], dtype=torch.float32))
         loss = torch.nn.functional.huber_loss(predicted, target)
         losses.append(0 * loss if examples.censored[i] and predicted > target else loss)
-    run.optimizer.zero_grad()
     torch.stack(losses).mean().backward()
-    expected = {name: p.grad.clone() for name, p in run.model.named_parameters() if p.requires_grad}
+    expected = {name: p.grad.clone() for name, p in plain.model.named_parameters() if p.requires_grad}
 
     counts, forward_passes = [], itertools.count()
     run.model.backbone.register_forward_hook(lambda *_: next(forward_passes) and None)
     for max_tokens in (1, 90, 180, 350, 10**6):
-        run.cfg = config | {"max_tokens_per_micro_batch": max_tokens}
+        run.progress.token_limit = max_tokens
         before = next(forward_passes)
         assert_close(gradients(run, indices), expected)
         counts.append(next(forward_passes) - before - 1)
-    assert (counts[0], counts[-1]) == (32, 1)
+    assert counts[0] == 32
+    assert counts[-1] == 1 or attention == "padded"  # padding may cost more than another micro-batch
     assert sorted(set(counts), reverse=True) == counts
 
 
@@ -193,7 +196,7 @@ def test_a_validation_uses_no_dropout_and_training_goes_on_with_it(config):
     run = set_up(config | {"lora_dropout": 0.5, "head_dropout": 0.5})
     shake(run.model)
     run.model.train()
-    first, again = (train_sft_l4.predict_shared(run, "val") for _ in range(2))
+    first, again = (train_sft_l4.predict_split(run, "val") for _ in range(2))
     assert np.array_equal(first, again)
     assert run.model.training
 
@@ -219,7 +222,7 @@ def test_eight_examples_can_be_learnt_by_heart(config, tmp_path):
     losses = [step["loss"] for step in run.log.history["steps"]]
     assert losses[0] > 0.3
     assert losses[-1] < 1e-3
-    assert train_sft_l4.predict_shared(run, "val") == pytest.approx(run.examples["val"].budget, abs=30)
+    assert train_sft_l4.predict_split(run, "val") == pytest.approx(run.examples["val"].budget, abs=30)
 
 
 @pytest.mark.parametrize("target_transform", ["tokens", "log"])
@@ -283,7 +286,7 @@ def test_predictions_that_are_not_finite_end_the_run(config, monkeypatch):
     with torch.no_grad():
         run.model.head[-1].bias.fill_(math.nan)
     with pytest.raises(UserError, match="val: 24 predictions are not finite: lower --learning_rate"):
-        train_sft_l4.predict_shared(run, "val")
+        train_sft_l4.predict_split(run, "val")
 
 
 def test_the_printed_train_loss_is_the_mean_over_every_example_of_the_epoch(trained):
@@ -391,7 +394,7 @@ def test_the_success_criteria_are_said(config, capsys, mae, underrun, words):
     run.progress.best_mae = mae
     run.save("best_model.pt")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_sft_l4, "predict_shared", lambda run, split: predicted)
+        patch.setattr(train_sft_l4, "predict_split", lambda run, split: predicted)
         patch.setattr(train_sft_l4, "fit_baselines", lambda rows: lambda others: {})
         train_sft_l4.report_run(run)
     out = capsys.readouterr().out
@@ -422,16 +425,120 @@ def test_a_disk_that_is_too_small_is_refused_before_training(config, monkeypatch
         train_sft_l4.train(config)
 
 
-def test_no_gpu_memory_ends_with_advice_and_a_run_to_go_on_with(config, monkeypatch, capsys):
+def out_of_memory_above(model, limit: int, monkeypatch) -> list[int]:
+    """Let the model run out of memory on more tokens than `limit`; return the list of what it is asked for."""
+    forward, asked = model.forward, []
+
+    def with_little_memory(input_ids, **options):
+        asked.append(input_ids.numel())
+        output = forward(input_ids, **options)
+        if model.training and input_ids.numel() > limit:
+            output.sum().backward(retain_graph=True)  # it is noticed half-way, with gradients there already
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return output
+
+    monkeypatch.setattr(model, "forward", with_little_memory)
+    return asked
+
+
+def test_out_of_memory_halves_the_limit_and_changes_nothing_else(config, tmp_path, monkeypatch, capsys):
+    config |= WITHOUT_DROPOUT | {"max_tokens_per_micro_batch": 400, "num_epochs": 1}
+    run, plain = (set_up(config | {"output_dir": f"{tmp_path}/{name}", "max_tokens_per_micro_batch": limit})
+                  for name, limit in (("run", 400), ("plain", 100)))
+    asked = out_of_memory_above(run.model, 100, monkeypatch)
+    for each in (run, plain):
+        each.model.train()
+        train_sft_l4.train_epoch(each)
+    assert run.progress.token_limit == 100
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("Out of GPU memory")] == [
+        "Out of GPU memory: max_tokens_per_micro_batch is 200 from here on, was 400",
+        "Out of GPU memory: max_tokens_per_micro_batch is 100 from here on, was 200"]
+    assert sum(tokens > 100 for tokens in asked) == 2  # once each
+    for (name, found), expected in zip(run.model.state_dict().items(), plain.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7, msg=name)
+    assert run.log.history["steps"][0]["loss"] == pytest.approx(plain.log.history["steps"][0]["loss"], rel=1e-6)
+
+    assert torch.load(f"{tmp_path}/run/last.pt")["progress"]["token_limit"] == 100
+    resumed = set_up(config | {"output_dir": f"{tmp_path}/run"})
+    assert resumed.progress.token_limit == 100
+    resumed = set_up(config | {"output_dir": f"{tmp_path}/run", "max_tokens_per_micro_batch": 300})
+    assert resumed.progress.token_limit == 300  # asked for since
+
+
+@pytest.mark.parametrize(("switch", "recomputes"), [("auto", True), ("off", False), ("on", False)])
+def test_out_of_memory_with_nothing_left_to_shrink_ends_with_advice(config, monkeypatch, capsys, switch, recomputes):
+    run = set_up(config | {"activation_checkpointing": switch})
+    run.model.train()
+    before = copy.deepcopy(run.model.state_dict())
+    out_of_memory_above(run.model, 0, monkeypatch)
+    with pytest.raises(UserError, match="out of GPU memory, though every micro-batch is one example of at most"):
+        train_sft_l4.train_step(run, range(8))
+    assert ("every layer is recomputed from here on" in capsys.readouterr().out) == recomputes
+    assert run.progress.step == 0
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_run_out_of_memory_goes_on_where_it_was(config, monkeypatch, capsys):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with monkeypatch.context() as patch:
         patch.setattr(train_sft_l4, "accumulate_gradients", full)
-        with pytest.raises(torch.OutOfMemoryError):
-            train_sft_l4.train(config)
         patch.setattr(train_sft_l4, "parse_train_arguments", lambda _: config)
         assert train_sft_l4.main([]) == 2
-    assert "halve --max_tokens_per_micro_batch" in capsys.readouterr().err
+    assert "--quantization nf4 or a smaller --model_name" in capsys.readouterr().err
     train_sft_l4.train(config | {"max_tokens_per_micro_batch": 100})
     assert torch.load(f"{config['output_dir']}/last.pt")["progress"]["finished"]
+
+
+def test_weights_that_do_not_fit_end_with_advice(config, monkeypatch, capsys):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5.88 GiB. GPU 0 has a total of 4 GiB.")
+
+    monkeypatch.setattr(train_sft_l4, "parse_train_arguments", lambda _: config)
+    monkeypatch.setattr(train_sft_l4.BudgetRegressionModel, "to", full)
+    assert train_sft_l4.main([]) == 2
+    assert "out of GPU memory (CUDA out of memory): --quantization nf4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("share", "limit", "every"), [(2, 256, 0), (0.9, 256, 4), (0.6, 256, 2), (0.4, 256, 1),
+                                                       (0.22, 128, 1)])
+def test_layers_are_recomputed_as_memory_asks(config, tmp_path, monkeypatch, capsys, share, limit, every):
+    """Memory is what the layers keep for the backward pass; as much as `share` of what they keep at 256 tokens fits."""
+    folder = save_llama(tmp_path / "deep", seed=1, num_hidden_layers=8)
+    run = set_up(config | {"model_name": folder})
+    for name in ("reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    forward, room, peaks = run.model.forward, [math.inf], []
+
+    def counting(*args, **options):
+        kept = 0
+
+        def keep(tensor):
+            nonlocal kept
+            kept += tensor.nbytes
+            if kept > room[0]:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = forward(*args, **options)
+        peaks.append(kept)
+        return output
+
+    monkeypatch.setattr(run.model, "forward", counting)
+    run.model.train()
+    train_sft_l4.fit_memory(run)
+    assert (run.checkpoint_every, run.progress.token_limit) == (0, 256)
+    room[0] = share * peaks[0]
+    train_sft_l4.fit_memory(run)
+    assert (run.checkpoint_every, run.progress.token_limit) == (every, limit)
+    what = {0: "no layer", 1: "every layer"}.get(every, f"every {every} layers")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(rf"Memory 3\.0 GiB at most for \d+ tokens, the largest micro-batch; recomputing {what}", last)
+    layers = [m for m in run.model.modules() if type(m).__name__ == "LlamaDecoderLayer"]
+    assert [layer.gradient_checkpointing for layer in layers] == [every > 0 and i % every == 0 for i in range(8)]
+    assert all(parameter.grad is None for parameter in run.model.parameters())
