@@ -1,27 +1,33 @@
-"""Measure training speed: the real training step beside two common recipes, on one backbone and the same rows.
+"""Measure speed: the real training step beside what people run instead, prediction, and how near the limit they are.
 
-    python tests/benchmark.py                        # a small random Llama; a few minutes on two CPU cores
+    python tests/benchmark.py                        # a random Llama of 512 x 8; some minutes on two CPU cores
     python tests/benchmark.py --backbone 3b          # Llama-3.2-3B's shape, random weights, in 22 GiB of GPU memory
     python tests/benchmark.py --backbone FOLDER      # any local backbone, for example data/demo/backbone
+    python tests/benchmark.py --table                # no measuring: print the README's tables from the figures kept
     python tests/benchmark.py --profile              # no comparison: where the time of our step goes
 
 The contenders take turns in one process, round by round after a warm-up round, each on the round's own rows; what is
 compared is the ratio within a round, so that a machine that drifts favours none of them. Every step has 32 examples:
 
-    ours      train_step of train_sft_l4.py: micro-batches cut by tokens, whatever the script does at the moment
+    ours      train_step of train_sft_l4.py, whatever the script does at the moment
+    padded    the same with --attention padded
+    compiled  (asked for by --with compiled) the same with every decoder layer compiled
     classic   every query padded to 512 tokens, 16 micro-batches of 2, activation checkpointing; same model and loss
-    trainer   Trainer.train() of transformers with a sequence classification model, 4 micro-batches of 8, each padded
-              to its longest query; its time is that of its steps, without start-up and without making batches
+    trainer   Trainer.train() of transformers with a sequence classification model, each micro-batch padded to its
+              longest query and of the size that is fastest here; its time is that of its steps, without start-up
 
 All have the same LoRA. Ours and classic compute the same loss and gradient, which is checked first; the Trainer's
-head is one linear layer and its loss the squared error, as they come. It writes tests/benchmark_results/.
+head is one linear layer and its loss the squared error, as they come. The limit is a large matrix product, measured in
+the same run: a LoRA step has to do 4 x parameters x tokens operations. It writes tests/benchmark_results/.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import gc
+import json
 import math
 import os
 import platform
@@ -30,8 +36,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -64,6 +72,11 @@ GPU_MEMORY = 22 * 2**30  # bytes; what a 24 GB L4 leaves to one process
 # Largest relative difference of loss and of gradient between ours and classic. They add the same numbers in another
 # order, which bf16's 8 bits of mantissa show through 28 layers; a mistake in a divisor would be far above.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+TRAINER_BATCHES = (4, 8, 16, 32)
+GROWTH_ROWS = (1_000, 5_000, 15_000, 50_000)
+GROWTH_TOKENS = (32, 128, 512)
+# NVIDIA's data sheet of the L4: dense bf16 operations and bytes of memory traffic in a second.
+L4_FLOPS, L4_BYTES = 121e12, 300e9
 
 
 @dataclass
@@ -202,7 +215,7 @@ def classic_gradients(model: script.BudgetRegressionModel, examples: script.Exam
         mask = (torch.arange(MAX_LENGTH, device=device) < lengths[:, None]).long()
         with torch.autocast(device.type, torch.bfloat16, enabled=model.dtype is torch.bfloat16):
             hidden = model.backbone(input_ids=input_ids, attention_mask=mask).last_hidden_state
-        output = model.head(script.last_token(hidden, lengths).float()).squeeze(-1)
+        output = model.head(hidden[torch.arange(len(chosen), device=device), lengths - 1].float()).squeeze(-1)
         target = model.to_scaled(torch.tensor(examples.budget[chosen], dtype=torch.float32, device=device))
         loss = script.huber_sum(output, target, torch.zeros_like(target, dtype=torch.bool))
         (loss / len(indices)).backward()
@@ -210,9 +223,28 @@ def classic_gradients(model: script.BudgetRegressionModel, examples: script.Exam
     return loss_sum
 
 
+def ours(title: str, cfg: script.Config, examples: script.Examples, scratch: str) -> tuple[Contender, script.Run]:
+    """Return the script's own training step, and the run it works on."""
+    run = make_run(cfg, examples, scratch)
+    run.model.train()
+    return Contender(title, run.model, lambda indices: timed(lambda step: script.train_step(run, step), indices),
+                     lambda: run.optimizer), run
+
+
+def compile_layers(model: script.BudgetRegressionModel) -> None:
+    """Compile each decoder layer for any number of tokens; attention, which looks at the lengths, stays as it is."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("packed, not compiled", torch.compiler.disable(script.attend_packed))
+    layers = next(m for m in model.backbone.modules() if isinstance(m, nn.ModuleList))
+    layers[0].self_attn.config._attn_implementation = "packed, not compiled"  # one config, shared by all layers
+    for layer in layers[:-1]:  # the last one has few tokens
+        layer.compile(dynamic=True)
+
+
 def make_classic(cfg: script.Config, examples: script.Examples, device: torch.device) -> Contender:
     """Return the recipe that most scripts for this task use."""
-    model = script.BudgetRegressionModel({**cfg, "activation_checkpointing": "on"}).to(device)
+    model = script.BudgetRegressionModel({**cfg, "activation_checkpointing": "on", "attention": "padded"}).to(device)
     model.set_target(float(np.median(examples.budget)))
     optimizer = script.build_optimizer(model, cfg["learning_rate"], cfg["weight_decay"])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -228,8 +260,8 @@ def make_classic(cfg: script.Config, examples: script.Examples, device: torch.de
 
 
 def make_trainer(cfg: script.Config, examples: script.Examples, device: torch.device, n_steps: int,
-                 batch_size: int, scratch: str) -> Contender:
-    """Return what the transformers documentation leads to."""
+                 scratch: str) -> Contender:
+    """Return what the transformers documentation leads to, with the micro-batch that is fastest here."""
     import peft
     import transformers
 
@@ -259,8 +291,7 @@ def make_trainer(cfg: script.Config, examples: script.Examples, device: torch.de
     trainer = transformers.Trainer(
         model=model, train_dataset=[], data_collator=transformers.DataCollatorWithPadding(tokenizer), callbacks=[timer],
         args=transformers.TrainingArguments(
-            output_dir=scratch, per_device_train_batch_size=batch_size, max_steps=n_steps,
-            gradient_accumulation_steps=STEP_SIZE // batch_size, learning_rate=cfg["learning_rate"],
+            output_dir=scratch, max_steps=n_steps, learning_rate=cfg["learning_rate"],
             weight_decay=cfg["weight_decay"], max_grad_norm=cfg["max_grad_norm"], logging_strategy="no",
             save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True, bf16=on_gpu,
             use_cpu=device.type == "cpu", dataloader_pin_memory=on_gpu, remove_unused_columns=False))
@@ -275,7 +306,23 @@ def make_trainer(cfg: script.Config, examples: script.Examples, device: torch.de
         trainer.train()
         return timer.seconds
 
-    return Contender(f"Trainer, {batch_size} x {STEP_SIZE // batch_size}", model, visit, lambda: trainer.optimizer)
+    def set_batch(size: int) -> None:
+        trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps = size, STEP_SIZE // size
+        trainer._train_batch_size = size  # what it took from the arguments when it was made
+
+    seconds: dict[int, float] = {}
+    for size in TRAINER_BATCHES:
+        set_batch(size)
+        with suppress(torch.OutOfMemoryError):
+            seconds[size] = statistics.mean(visit(range(n_steps * STEP_SIZE))[n_steps > 1 :])
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+    if not seconds:
+        return Contender("Trainer", model, visit, lambda: trainer.optimizer, failure="out of memory")
+    best = min(seconds, key=lambda size: seconds[size])
+    print("Trainer, seconds a step by micro-batch:", ", ".join(f"{k}: {v:.2f}" for k, v in seconds.items()))
+    set_batch(best)
+    return Contender(f"Trainer, {best} x {STEP_SIZE // best}", model, visit, lambda: trainer.optimizer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -312,6 +359,85 @@ def check_same_gradient(run: script.Run, model: script.BudgetRegressionModel) ->
     if not max(difference.values()) <= TOLERANCE[model.dtype]:
         raise RuntimeError(f"ours and the classic recipe do not compute the same: relative differences {difference}")
     return difference
+
+
+def best_seconds(work: Callable[[], Any], repeats: int = 7) -> float:
+    """Return the seconds of the fastest of several calls."""
+    seconds = []
+    for _ in range(repeats):
+        wait_for_device()
+        started = time.perf_counter()
+        work()
+        wait_for_device()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Return what the device can do: operations a second in a matrix product, bytes a second in a copy."""
+    size = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    source = torch.zeros(2**30 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return {"flops": 2 * size**3 / best_seconds(lambda: left @ right),
+            "bytes_per_s": 2 * source.nbytes / best_seconds(lambda: target.copy_(source))}  # it is read and written
+
+
+def linear_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Return the backbone's matrices, which every token is multiplied with; adapters, embeddings and head are not."""
+    return [module.weight for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and "lora_" not in name and "head" not in name]
+
+
+def measure_prediction(model: script.BudgetRegressionModel, examples: script.Examples, limits: Mapping[str, float],
+                       rounds: int) -> dict[str, float]:
+    """Measure one query at a time, the same in a batch, and one query against reading all weights once."""
+    ids = examples.ids[: 4 * STEP_SIZE]
+    middle = sorted(ids, key=len)[len(ids) // 2]
+    model.eval()
+    ratios, batched = [], []
+    for number in range(1 + rounds):
+        looped = best_seconds(lambda: [script.predict_encoded(model, [row], model.max_tokens) for row in ids], 1)
+        together = best_seconds(lambda: script.predict_encoded(model, ids, model.max_tokens), 1)
+        if number:  # the first round is a warm-up
+            ratios.append(looped / together)
+            batched.append(together)
+    read = sum(weight.nbytes for weight in linear_weights(model)) / limits["bytes_per_s"]
+    result = {"queries_per_s": len(ids) / statistics.median(batched), "batch_over_loop": statistics.median(ratios),
+              "reading_weights_ms": 1000 * read}
+    for name in ("one_query_ms", "one_query_merged_ms"):
+        seconds = [best_seconds(lambda: script.predict_encoded(model, [middle], model.max_tokens), 1)
+                   for _ in range(30)]
+        result[name] = 1000 * statistics.median(seconds[5:])
+        if name == "one_query_ms":
+            model.backbone = model.backbone.merge_and_unload()
+    return result
+
+
+def measure_growth(run: script.Run, vocab_size: int, n_steps: int) -> list[dict[str, Any]]:
+    """Return seconds of an epoch by rows and tokens: the time of its steps is measured, and multiplied by their number.
+
+    What an epoch does beside its steps, putting its rows in order, is measured in full.
+    """
+    result = []
+    run.model.train()
+    for tokens in GROWTH_TOKENS:
+        rng = np.random.default_rng(1)
+        ids = rng.integers(3, vocab_size, ((1 + n_steps) * STEP_SIZE, tokens)).tolist()
+        run.examples["train"] = script.Examples(ids, np.full(len(ids), 1000.0), np.zeros(len(ids), dtype=bool))
+        seconds = timed(lambda step: script.train_step(run, step), range(len(ids)))[1:]
+        for rows in GROWTH_ROWS:
+            order = best_seconds(functools.partial(script.epoch_order, rows, 0, 0), 1)
+            result.append({"tokens": tokens, "rows": rows,
+                           "seconds": order + math.ceil(rows / STEP_SIZE) * statistics.median(seconds)})
+    return result
+
+
+def l4_estimate(n_rows: int, mean_tokens: float, n_parameters: int) -> dict[str, float]:
+    """Return the least minutes of an epoch on an L4, and the tokens a second, by the arithmetic alone: an estimate."""
+    seconds = n_rows * mean_tokens * 4 * n_parameters / L4_FLOPS
+    return {"rows": n_rows, "mean_tokens": mean_tokens, "least_minutes": seconds / 60,
+            "most_tokens_per_s": n_rows * mean_tokens / seconds}
 
 
 def take_turn(contender: Contender, others: Sequence[Contender], indices: Sequence[int], n_settling: int) -> float:
@@ -364,13 +490,15 @@ def measure(contenders: Mapping[str, Contender], rounds: Sequence[Sequence[int]]
               flush=True)
 
 
-def summarize(contenders: Mapping[str, Contender], tokens: Sequence[int], n_steps: int) -> dict[str, dict[str, Any]]:
+def summarize(contenders: Mapping[str, Contender], tokens: Sequence[int], n_steps: int,
+              tokens_per_s: float) -> dict[str, dict[str, Any]]:
     """Return what was measured of each contender.
 
     Args:
         contenders: after `measure`.
         tokens: useful ones, in the examples of each round that counts.
         n_steps: optimizer steps of a turn.
+        tokens_per_s: that the device could train on if it did nothing but the products it has to do.
     """
     result: dict[str, dict[str, Any]] = {}
     for name, contender in contenders.items():
@@ -379,10 +507,13 @@ def summarize(contenders: Mapping[str, Contender], tokens: Sequence[int], n_step
             continue
         ratios = [theirs / ours for theirs, ours in zip(contender.seconds, contenders["ours"].seconds, strict=True)]
         median = statistics.median(contender.seconds)
+        if sum(tokens) > contender.computed_tokens:
+            raise RuntimeError(f"{name} left out tokens: it saw {contender.computed_tokens:,} of {sum(tokens):,}")
         result[name] = {
             "title": contender.title,
             "examples_per_s": STEP_SIZE / median,
             "useful_tokens_per_s": statistics.mean(tokens) / n_steps / median,
+            "share_of_limit": statistics.mean(tokens) / n_steps / median / tokens_per_s,
             "padding_efficiency": sum(tokens) / contender.computed_tokens,
             "peak_gib": contender.peak_bytes / 2**30 if contender.peak_bytes else "not measured",
             "ours_is_faster": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
@@ -392,18 +523,65 @@ def summarize(contenders: Mapping[str, Contender], tokens: Sequence[int], n_step
 
 
 def table(result: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the figures as lines of at most 80 columns."""
-    lines = [f"{'':<27}{'examples/s':>10}{'tokens/s':>9}{'useful':>7}{'peak GiB':>9} ours is faster"]
+    """Return the contenders' figures as a Markdown table."""
+    lines = ["| | examples/s | tokens/s | of them useful | share of the limit | peak GiB | ours is faster by |",
+             "|---|--:|--:|--:|--:|--:|--:|"]
     for name, entry in result.items():
         if "failure" in entry:
-            lines.append(f"{entry['title']:<27}{entry['failure']}")
+            lines.append(f"| {entry['title']} | {entry['failure']} | | | | | |")
             continue
         ratio = entry["ours_is_faster"]
-        peak = "-" if isinstance(entry["peak_gib"], str) else f"{entry['peak_gib']:.1f}"
-        faster = "" if name == "ours" else f"{ratio['median']:.3g}x ({ratio['min']:.3g}-{ratio['max']:.3g})"
-        lines.append(f"{entry['title']:<27}{entry['examples_per_s']:>10.2f}{entry['useful_tokens_per_s']:>9,.0f}"
-                     f"{entry['padding_efficiency']:>7.1%}{peak:>9} {faster}")
-    return "\n".join(line.rstrip() for line in lines)
+        peak = "" if isinstance(entry["peak_gib"], str) else f"{entry['peak_gib']:.1f}"
+        faster = "" if name == "ours" else f"{ratio['median']:.3g}x ({ratio['min']:.3g} to {ratio['max']:.3g})"
+        useful = entry["padding_efficiency"]
+        lines.append(f"| {entry['title']} | {entry['examples_per_s']:.3g} | {entry['useful_tokens_per_s']:,.0f} | "
+                     f"{useful:.0%} | {entry['share_of_limit']:.0%} | {peak} | {faster} |")
+    return "\n".join(lines)
+
+
+def growth_table(growth: Sequence[Mapping[str, Any]]) -> str:
+    """Return the minutes of an epoch by rows and tokens as a Markdown table."""
+    lines = ["| tokens a query | " + " | ".join(f"{rows:,} rows" for rows in GROWTH_ROWS) + " |",
+             "|--:|" + "--:|" * len(GROWTH_ROWS)]
+    for tokens in GROWTH_TOKENS:
+        minutes = [f"{entry['seconds'] / 60:,.3g}" for entry in growth if entry["tokens"] == tokens]
+        lines.append(f"| {tokens} | {' | '.join(minutes)} |")
+    return "\n".join(lines)
+
+
+def report(figures: Mapping[str, Any]) -> str:
+    """Return the README's text about one file of figures."""
+    machine, flags, limits = figures["machine"], figures["flags"], figures["limits"]
+    backbone = {"small": "a random Llama of 512 x 8", "3b": "Llama-3.2-3B's shape in 22 GiB"}.get(
+        flags["backbone"], flags["backbone"])
+    where = machine["device"] + ("" if "gpu" in machine["versions"] else f", {machine['threads']} threads")
+    found, limit = figures["prediction"], f"{limits['flops'] / 1e12:,.3g} TFLOP/s"
+    paragraphs = [
+        f"{where}; {backbone}; queries of {flags['median_tokens']:g} tokens in the median, 32 a step; limit {limit}; "
+        f"torch {machine['versions']['torch']}, {machine['date']}.",
+        table(figures["contenders"]),
+        f"Prediction: {found['queries_per_s']:,.3g} queries/s batched, {found['batch_over_loop']:.2g} times as many as "
+        f"one at a time. One query takes {found['one_query_ms']:.3g} ms, with merged adapters "
+        f"{found['one_query_merged_ms']:.3g} ms; reading the weights once takes {found['reading_weights_ms']:.2g} ms.",
+        "Minutes an epoch, by rows and tokens (steps measured, then multiplied by their number):",
+        growth_table(figures["growth"])]
+    return "\n\n".join(line if line.startswith("|") else textwrap.fill(line, 120) for line in paragraphs) + "\n"
+
+
+def readme_text() -> str:
+    """Return what the README says of speed, from all figures that are kept, and what is not measured."""
+    kept = [json.loads(path.read_text()) for path in sorted((ROOT / "tests" / "benchmark_results").glob("*.json"))]
+    texts = [report(figures) for figures in kept]
+    if not any("gpu" in figures["machine"]["versions"] for figures in kept):
+        mean = 100 * math.exp(0.5**2 / 2)  # of the lognormal with median 100 and sigma 0.5
+        least = l4_estimate(15_000, mean, 28 * (2 * 3072 * 3072 + 2 * 3072 * 1024 + 3 * 3072 * 8192))
+        texts.append(textwrap.fill(
+            "On a GPU: **not measured**. An estimate for the L4: if nothing but the necessary products took time, its "
+            f"{L4_FLOPS / 1e12:.0f} TFLOP/s would train the 3B model on {least['rows']:,} queries of "
+            f"{least['mean_tokens']:.0f} tokens in {least['least_minutes']:.1f} minutes an epoch "
+            f"({least['most_tokens_per_s']:,.0f} tokens/s); at 40 % of that, the least we aim for, in "
+            f"{least['least_minutes'] / 0.4:.0f} minutes.", 120) + "\n")
+    return "\n".join(texts)
 
 
 def device_name(device: torch.device) -> str:
@@ -449,12 +627,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--median-tokens", type=float, default=60, help="of a query with its template (default: 60)")
     parser.add_argument("--max-tokens", type=int, default=script.CONFIG["max_tokens_per_micro_batch"],
                         help="max_tokens_per_micro_batch of ours (default: CONFIG's)")
-    parser.add_argument("--trainer-batch", type=int, default=8, choices=(1, 2, 4, 8, 16, 32),
-                        help="micro-batch of the Trainer; less of it takes less memory (default: 8)")
     parser.add_argument("--lora-targets", default=",".join(script.CONFIG["lora_target_modules"]), metavar="NAMES",
                         help="linear layers with adapters, separated by commas (default: CONFIG's)")
-    parser.add_argument("--without", action="append", default=[], choices=("classic", "trainer"),
+    parser.add_argument("--without", action="append", default=[], choices=("padded", "classic", "trainer"),
                         help="leave a contender out")
+    parser.add_argument("--with", action="append", default=[], choices=("compiled",), dest="also",
+                        help="take a contender in")
+    parser.add_argument("--table", action="store_true", help="print the README's text from the figures kept and stop")
     parser.add_argument("--profile", action="store_true", help="profile a step of ours and stop")
     args = parser.parse_args(argv)
     if min(args.rounds, args.steps, args.median_tokens, args.max_tokens) < 1:
@@ -471,6 +650,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, and write the figures."""
     args = parse_arguments(argv)
+    if args.table:
+        print(readme_text())
+        return
     script.quieten_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         compare(args, scratch)
@@ -494,19 +676,22 @@ def compare(args: argparse.Namespace, scratch: str) -> None:
         share_weights(folder, device)
     n_settling = 1 if device.type == "cuda" else 0  # steps of a turn that fill the emptied memory pool
     turn = STEP_SIZE * (n_settling + args.steps)
-    examples = make_rows(turn * (1 + args.rounds), args.median_tokens, AutoConfig.from_pretrained(folder).vocab_size,
-                         seed=0)
+    vocab_size = AutoConfig.from_pretrained(folder).vocab_size
+    examples = make_rows(turn * (1 + args.rounds), args.median_tokens, vocab_size, seed=0)
     cfg = {**script.CONFIG, "model_name": folder, "max_tokens_per_micro_batch": args.max_tokens,
            "lora_target_modules": args.lora_targets.split(",")}
 
-    run = make_run(cfg, examples, scratch)
-    run.model.train()
-    ours = Contender("ours", run.model, lambda indices: timed(lambda step: script.train_step(run, step), indices),
-                     lambda: run.optimizer)
-    contenders = {"ours": ours}
+    limits = measure_limits(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    our_contender, run = ours("this script", cfg, examples, scratch)
+    contenders = {"ours": our_contender}
     if args.profile:
-        print_profile(ours, range(len(examples.ids)))
+        print_profile(our_contender, range(len(examples.ids)))
         return
+    if "padded" not in args.without:
+        contenders["padded"], _ = ours("this script, padded", {**cfg, "attention": "padded"}, examples, scratch)
+    if "compiled" in args.also:
+        contenders["compiled"], compiled = ours("this script, compiled", cfg, examples, scratch)
+        compile_layers(compiled.model)
     difference: dict[str, float] = {}
     if "classic" not in args.without:
         contenders["classic"] = make_classic(cfg, examples, device)
@@ -514,21 +699,22 @@ def compare(args: argparse.Namespace, scratch: str) -> None:
         print("ours and classic compute the same: relative difference of the loss {loss:.1e}, of the gradient "
               "{gradient:.1e}".format(**difference))
     if "trainer" not in args.without:
-        contenders["trainer"] = make_trainer(cfg, examples, device, n_settling + args.steps, args.trainer_batch,
-                                             scratch)
+        contenders["trainer"] = make_trainer(cfg, examples, device, n_settling + args.steps, scratch)
 
     rounds = [range(start, start + turn) for start in range(0, len(examples.ids), turn)]
     measure(contenders, rounds, n_settling)
     tokens = [sum(len(examples.ids[i]) for i in indices) for indices in rounds[1:]]
-    result = summarize(contenders, tokens, n_settling + args.steps)
+    n_parameters = sum(weight.numel() for weight in linear_weights(run.model.backbone))
+    result = summarize(contenders, tokens, n_settling + args.steps, limits["flops"] / (4 * n_parameters))
+    growth = measure_growth(run, vocab_size, args.steps)
+    prediction = measure_prediction(run.model, examples, limits, args.rounds)  # last: it merges the adapters
     name = args.backbone if args.backbone in SHAPES else Path(folder).resolve().name
-    print(f"\n{machine['device']}, {machine['threads']} threads; {name}; {args.rounds} rounds of {args.steps} x "
-          f"{STEP_SIZE} examples\n{table(result)}")
     slug = re.sub(r"[^a-z0-9]+", "-", f"{machine['device']}".lower().replace("(r)", "").replace("(tm)", "")).strip("-")
     path = ROOT / "tests" / "benchmark_results" / f"{slug}_{name}.json"
-    script.write_json(path, {"machine": machine, "flags": vars(args) | {"backbone": name}, "contenders": result,
-                             "difference_ours_classic": difference})
-    print(f"Written: {path.relative_to(ROOT)}")
+    figures = {"machine": machine, "flags": vars(args) | {"backbone": name}, "limits": limits, "contenders": result,
+               "difference_ours_classic": difference, "prediction": prediction, "growth": growth}
+    script.write_json(path, figures)
+    print(f"\n{report(figures)}\nWritten: {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

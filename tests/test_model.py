@@ -285,7 +285,7 @@ def test_packed_attention_raises_without_the_lengths(config):
 
 def test_a_backbone_that_cannot_be_packed_is_padded_or_refused(config, bert, decoder):
     encoder = config | {"model_name": bert, "lora_target_modules": ["query", "value"]}
-    with pytest.raises(UserError, match="attention packed: .* is a bert, its window unbounded: it takes llama,"):
+    with pytest.raises(UserError, match=r"attention packed: .* is a bert, its window unbounded: it takes llama,"):
         BudgetRegressionModel(encoder | {"attention": "packed"})
     settings = json.loads((Path(decoder) / "config.json").read_text())
     if settings["model_type"] == "mistral":
@@ -304,9 +304,9 @@ def test_adapters_that_read_one_tensor_share_a_dropout_mask(config):
     dropped = {}
     for name, module in model.named_modules():
         if name.endswith("lora_A.default"):
+            key = name.split("layers.")[1].split(".lora_A")[0]
             module.register_forward_hook(
-                lambda _, inputs, output, key=name.split("layers.")[1].split(".lora_A")[0]: dropped.update(
-                    {key: inputs[0].detach().clone()}))
+                lambda _, inputs, output, key=key: dropped.update({key: inputs[0].detach().clone()}))
     model(**model.collate(encoded(model)))
     for layer in (0, 1):
         q, k, v, o, gate, up, down = (
@@ -321,6 +321,23 @@ def test_adapters_that_read_one_tensor_share_a_dropout_mask(config):
         assert layer == 1 or not torch.equal(masks[0], masks[1])
     model.eval()
     assert model.predict(QUERIES) == model.predict(QUERIES)
+
+
+def test_dropout_on_a_cpu_drops_the_share_it_should_and_keeps_the_mean():
+    torch.manual_seed(6)
+    states = torch.ones(999, 1001, requires_grad=True)
+    for p in (0.05, 0.3, 0.9):
+        dropped = train_sft_l4.SharedDropout(p)(states)
+        kept = dropped != 0
+        assert 1 - kept.float().mean() == pytest.approx(p, abs=0.002)
+        assert dropped[kept].unique().tolist() == pytest.approx([1 / (1 - p)])
+        assert kept.float().mean(0).std() == pytest.approx((p * (1 - p) / 999) ** 0.5, rel=0.1)  # no column is favoured
+        (gradient,) = torch.autograd.grad(dropped.sum(), states)
+        assert torch.equal(gradient, dropped)
+    torch.manual_seed(6)
+    first = train_sft_l4.SharedDropout(0.5)(states)
+    torch.manual_seed(6)
+    assert torch.equal(train_sft_l4.SharedDropout(0.5)(states), first)
 
 
 def test_merged_adapters_give_the_same_budgets(trained, loaded):

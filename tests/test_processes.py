@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_command, tiny_config
+from conftest import ROOT, SCRIPT, make_rows, read_rows, run_command, tiny_config, write_rows
 
 import train_sft_l4
 
@@ -66,3 +66,19 @@ def test_two_processes_learn_what_one_learns_and_write_it_once(llama, data, tmp_
     writes = [line.split() for line in (tmp_path / "writes.txt").read_text().splitlines()]
     assert {rank for rank, _ in writes} == {"0"}
     assert {name for _, name in writes} == {Path(name).name for name in names[0]}
+
+
+def test_two_processes_predict_what_one_predicts_into_one_file(trained, tmp_path):
+    rows = [row | {"number": number} for number, row in enumerate(make_rows(41, seed=9))]
+    write_rows(tmp_path / "queries.jsonl", rows)
+    arguments = ("predict", "--checkpoint", trained.best, "--input", "queries.jsonl", "--max_tokens_per_micro_batch",
+                 "100", "--output")
+    programs = {"both.jsonl": [*LAUNCHER, SCRIPT], "alone.jsonl": (sys.executable, SCRIPT)}
+    processes = [run_command(*arguments, output, cwd=tmp_path, program=program, env=os.environ | ON_CPU)
+                 for output, program in programs.items()]
+    assert [process.returncode for process in processes] == [0, 0], processes[0].stderr
+    assert processes[0].stderr.count("Written: both.jsonl, 41 rows") == 1
+    both, alone = (read_rows(tmp_path / f"{name}.jsonl") for name in ("both", "alone"))
+    assert both == alone
+    assert [row["number"] for row in both] == list(range(41))
+    assert len({row["predicted_budget"] for row in both}) > 10
