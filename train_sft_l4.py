@@ -697,21 +697,16 @@ def plan_padded(lengths: Sequence[int], max_tokens: int, overhead: int = 32) -> 
     return plan[::-1]
 
 
-def collate_packed(ids: Sequence[Sequence[int]]) -> Tensor:
-    """Return the examples one after the other in a single row, (1, N).
+def collate(ids: Sequence[Sequence[int]], packed: bool) -> Tensor:
+    """Return examples in one row, one after the other, (1, N); or padded on the right to the longest, (B, T).
 
-    >>> collate_packed([[5, 6], [7]]).tolist()
-    [[5, 6, 7]]
+    Padding is not attended to; its id, 0, is in every vocabulary.
+
+    >>> collate([[5, 6], [7]], packed=True).tolist(), collate([[5, 6], [7]], packed=False).tolist()
+    ([[5, 6, 7]], [[5, 6], [7, 0]])
     """
-    return torch.tensor([list(itertools.chain.from_iterable(ids))])
-
-
-def collate_padded(ids: Sequence[Sequence[int]]) -> Tensor:
-    """Return the examples padded to the longest on the right, (B, T). 0 is in every vocabulary, and is not attended to.
-
-    >>> collate_padded([[5, 6], [7]]).tolist()
-    [[5, 6], [7, 0]]
-    """
+    if packed:
+        return torch.tensor([list(itertools.chain.from_iterable(ids))])
     width = max(len(row) for row in ids)
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in ids])
 
@@ -898,7 +893,7 @@ def load_tokenizer_and_backbone(name: str, dtype: torch.dtype, quantization: str
         if config.is_encoder_decoder:
             raise UserError(f"{name} is an encoder-decoder: use a decoder or an encoder")
         for key, value in vars(config).items():
-            if "dropout" in key and isinstance(value, float):
+            if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
                 setattr(config, key, 0.0)  # adapters and head have their own; more of it only blurs a regression
         tokenizer = AutoTokenizer.from_pretrained(name)
         quantized = None if quantization == "none" else BitsAndBytesConfig(
@@ -1007,7 +1002,7 @@ class BudgetRegressionModel(nn.Module):
         weights_dtype = self.dtype if config["lora_r"] else torch.float32
         self.tokenizer, backbone = load_tokenizer_and_backbone(config["model_name"], weights_dtype,
                                                                config["quantization"])
-        self._check_max_length(getattr(backbone.config, "max_position_embeddings", None) or self.max_length)
+        self._check_max_length(backbone)
         self.backbone_fingerprint = fingerprint_weights(backbone)
         self.packed = choose_packed(config["attention"], backbone, self.max_length)
         if self.packed:
@@ -1021,7 +1016,11 @@ class BudgetRegressionModel(nn.Module):
         self.register_buffer("target_scale", torch.tensor(1.0))
         self.register_state_dict_post_hook(self._drop_frozen)
 
-    def _check_max_length(self, longest: int) -> None:
+    def _check_max_length(self, backbone: Any) -> None:
+        longest = getattr(backbone.config, "max_position_embeddings", None) or self.max_length
+        learnt = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+        if learnt is not None and learnt.padding_idx is not None:
+            longest -= learnt.padding_idx + 1  # RoBERTa's positions begin behind the padding token's id
         template = encode(self.tokenizer, [""], self.max_length, self.prompt_template)[0][0]
         if not 2 * len(template) <= self.max_length <= longest:
             raise UserError(f"max_length must be between {2 * len(template)} (twice the template) and {longest} "
@@ -1071,8 +1070,8 @@ class BudgetRegressionModel(nn.Module):
 
     def collate(self, ids: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Return encoded queries as the arguments of `forward`, on the model's device."""
-        input_ids = collate_packed(ids) if self.packed else collate_padded(ids)
-        return {"input_ids": input_ids.to(self.target_scale.device), "lengths": [len(row) for row in ids]}
+        input_ids = collate(ids, self.packed).to(self.target_scale.device)
+        return {"input_ids": input_ids, "lengths": [len(row) for row in ids]}
 
     def plan(self, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         """Return micro-batches of at most `max_tokens`, as lists of places in `lengths`, for `collate`."""
@@ -2065,6 +2064,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments[:1] in (["train"], ["evaluate"], ["predict"]) else "train"
+    # Micro-batches differ in size: memory blocks that grow are not left over in pieces. Read when a GPU is first used.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
         if command == "train":
             cfg = parse_train_arguments(arguments)

@@ -379,8 +379,8 @@ def test_an_empty_plan_is_empty():
 
 def test_collate_pads_to_the_longest_on_the_right_or_packs():
     ids = [[5, 6, 7], [8], [9, 10]]
-    assert train_sft_l4.collate_padded(ids).tolist() == [[5, 6, 7], [8, 0, 0], [9, 10, 0]]
-    assert train_sft_l4.collate_packed(ids).tolist() == [[5, 6, 7, 8, 9, 10]]
+    assert train_sft_l4.collate(ids, packed=False).tolist() == [[5, 6, 7], [8, 0, 0], [9, 10, 0]]
+    assert train_sft_l4.collate(ids, packed=True).tolist() == [[5, 6, 7, 8, 9, 10]]
     assert train_sft_l4.Packing.of([3, 1, 2], torch.device("cpu")).position_ids().tolist() == [[0, 1, 2, 0, 0, 1]]
 
 

@@ -150,3 +150,9 @@ def test_what_the_readme_says_of_the_demo_is_so(demo):
     assert {int(number) for number in re.findall(r"(\d+) kinds of problem", text)} == {families}
     assert {int(number) for number in re.findall(r"of (\d+) test problems", text)} == {
         families * demo.ROWS_PER_FAMILY["test"]}
+
+
+def test_what_the_readme_says_of_speed_is_what_the_kept_figures_say():
+    import benchmark
+
+    assert benchmark.readme_text().strip() in text_of("README.md")

@@ -664,3 +664,17 @@ def test_the_log_unit_stays_meaningful_for_small_medians(config):
     model = BudgetRegressionModel(config | {"target_transform": "log"})
     model.set_target(1.0)
     assert model.target_scale.item() == pytest.approx(math.log(1001), rel=1e-6)
+
+
+def test_roberta_has_fewer_positions_than_its_config_says(config, bert, tmp_path):
+    from transformers import RobertaConfig, RobertaModel
+
+    shutil.copytree(bert, tmp_path / "roberta")
+    RobertaModel(RobertaConfig(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                               num_attention_heads=4, max_position_embeddings=66, pad_token_id=1)
+                 ).save_pretrained(tmp_path / "roberta")
+    config |= {"model_name": str(tmp_path / "roberta"), "lora_target_modules": ["query"]}
+    long = ["a " * 200]
+    assert BudgetRegressionModel(config | {"max_length": 64}).predict(long)
+    with pytest.raises(UserError, match=r"max_length must be between \d+ .* and 64 "):
+        BudgetRegressionModel(config | {"max_length": 65})

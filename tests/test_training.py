@@ -350,7 +350,7 @@ def test_the_checkpoints_say_where_they_are_from(trained):
 
 
 def test_the_last_checkpoint_holds_the_last_weights_though_an_earlier_epoch_was_best(config):
-    train_sft_l4.train(config | {"learning_rate": 0.05, "num_epochs": 3, "test_path": "", "seed": 1})
+    train_sft_l4.train(config | {"learning_rate": 0.05, "num_epochs": 3, "test_path": "", "seed": 5})
     maes = [validation["mae"] for validation in history_of(config)["validations"]]
     assert maes.index(min(maes)) < 2
     last, newest = (torch.load(f"{config['output_dir']}/{name}.pt") for name in ("last", "epoch_3"))
@@ -503,8 +503,8 @@ def test_weights_that_do_not_fit_end_with_advice(config, monkeypatch, capsys):
     assert "out of GPU memory (CUDA out of memory): --quantization nf4" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("share", "limit", "every"), [(2, 256, 0), (0.9, 256, 4), (0.6, 256, 2), (0.4, 256, 1),
-                                                       (0.22, 128, 1)])
+@pytest.mark.parametrize(("share", "limit", "every"), [(2, 256, 0), (0.9, 256, 4), (0.65, 256, 2), (0.4, 256, 1),
+                                                       (0.24, 128, 1)])
 def test_layers_are_recomputed_as_memory_asks(config, tmp_path, monkeypatch, capsys, share, limit, every):
     """Memory is what the layers keep for the backward pass; as much as `share` of what they keep at 256 tokens fits."""
     folder = save_llama(tmp_path / "deep", seed=1, num_hidden_layers=8)
