@@ -1538,16 +1538,12 @@ class Run:
             longest: tokens of the longest example that has to fit.
 
         Raises:
-            UserError: nothing is left to shrink, or other processes would wait for this one.
+            UserError: nothing is left to shrink.
         """
         self.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()
         limit = self.progress.token_limit
-        advice = "a smaller --max_length, --quantization nf4 or a smaller --model_name takes less"
-        if self.accelerator.num_processes > 1:
-            raise UserError(f"out of GPU memory with {limit:,} tokens in a micro-batch: halve "
-                            f"--max_tokens_per_micro_batch; {advice}")
         if limit > longest:
             self.progress.token_limit = limit // 2
             self.log.say(f"Out of GPU memory: max_tokens_per_micro_batch is {limit // 2:,} from here on, was {limit:,}")
@@ -1555,8 +1551,9 @@ class Run:
             self.recompute_layers(every=1)
             self.log.say("Out of GPU memory: every layer is recomputed from here on")
         else:
-            raise UserError(f"out of GPU memory, though every micro-batch is one example of at most {longest:,} "
-                            f"tokens: {advice}")
+            raise UserError(f"out of GPU memory, though every micro-batch is one example of at most {longest:,} tokens:"
+                            " --activation_checkpointing on, --quantization nf4, a smaller --max_length or --model_name "
+                            "takes less")
 
     def recompute_layers(self, every: int) -> None:
         """Recompute every `every`-th layer in the backward pass from here on; 0 = none."""
@@ -1773,6 +1770,9 @@ def train_step(run: Run, indices: Sequence[int]) -> int:
         # In place of an except clause, which would keep the tensors of the failed attempt alive.
         with suppress(torch.OutOfMemoryError):
             loss_sum = accumulate_gradients(run, indices)
+        if loss_sum is None and accelerator.num_processes > 1:  # the others may wait for gradients that were half sent
+            raise UserError(f"out of GPU memory with micro-batches of {progress.token_limit:,} tokens: halve "
+                            "--max_tokens_per_micro_batch; the run goes on from its last save")
         if loss_sum is None:
             run.use_less_memory(longest=max(len(run.examples["train"].ids[i]) for i in indices))
     # One exchange tells every process the loss, and a signal that any of them got.

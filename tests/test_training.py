@@ -100,6 +100,17 @@ def test_activation_checkpointing_does_not_change_the_gradients(config, lora_r):
     assert_close(found[1], found[0], rtol=1e-6)
 
 
+def test_recomputed_layers_draw_the_same_dropout_masks(config):
+    found = []
+    for switch in ("off", "on"):
+        run = set_up(config | {"lora_dropout": 0.3, "activation_checkpointing": switch})
+        shake(run.model)
+        run.model.train()
+        torch.manual_seed(8)
+        found.append(gradients(run, range(16)))
+    assert_close(found[1], found[0], rtol=1e-6)
+
+
 def test_the_loss_is_huber_in_units_of_delta():
     torch.manual_seed(0)
     predicted, target = 3 * torch.randn(200), 3 * torch.randn(200)
