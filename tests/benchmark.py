@@ -544,7 +544,7 @@ def growth_table(growth: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| tokens a query | " + " | ".join(f"{rows:,} rows" for rows in GROWTH_ROWS) + " |",
              "|--:|" + "--:|" * len(GROWTH_ROWS)]
     for tokens in GROWTH_TOKENS:
-        minutes = [f"{entry['seconds'] / 60:,.3g}" for entry in growth if entry["tokens"] == tokens]
+        minutes = [f"{entry['seconds'] / 60:,.1f}" for entry in growth if entry["tokens"] == tokens]
         lines.append(f"| {tokens} | {' | '.join(minutes)} |")
     return "\n".join(lines)
 
@@ -579,7 +579,7 @@ def readme_text() -> str:
             "On a GPU: **not measured**. An estimate for the L4: if nothing but the necessary products took time, its "
             f"{L4_FLOPS / 1e12:.0f} TFLOP/s would train the 3B model on {least['rows']:,} queries of "
             f"{least['mean_tokens']:.0f} tokens in {least['least_minutes']:.1f} minutes an epoch "
-            f"({least['most_tokens_per_s']:,.0f} tokens/s); at 40 % of that, the least we aim for, in "
+            f"({least['most_tokens_per_s']:,.0f} tokens/s); at 40 % of that in "
             f"{least['least_minutes'] / 0.4:.0f} minutes.", 120) + "\n")
     return "\n".join(texts)
 

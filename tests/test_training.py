@@ -499,7 +499,7 @@ def test_a_run_out_of_memory_goes_on_where_it_was(config, monkeypatch, capsys):
         patch.setattr(train_sft_l4, "accumulate_gradients", full)
         patch.setattr(train_sft_l4, "parse_train_arguments", lambda _: config)
         assert train_sft_l4.main([]) == 2
-    assert "--quantization nf4 or a smaller --model_name" in capsys.readouterr().err
+    assert "--quantization nf4, a smaller --max_length" in capsys.readouterr().err
     train_sft_l4.train(config | {"max_tokens_per_micro_batch": 100})
     assert torch.load(f"{config['output_dir']}/last.pt")["progress"]["finished"]
 
