@@ -75,6 +75,7 @@ CONFIG: dict[str, Any] = {
     "test_path": "data/test.jsonl",        # scored once, at the end, with the best checkpoint; no such file: skipped
     "val_fraction": 0.1,                   # share of the training rows held out when there is no val_path file
     "max_train_examples": 0,               # train on this many rows, drawn by seed; 0 = all
+    "balance_by": "none",                  # domain | budget = every domain, or tenth of the budgets, is drawn as often
     "max_length": 512,                     # tokens of a query with its template; longer ones lose their middle
     "on_bad_row": "error",                 # error = refuse the file | skip = drop the row and count it
     "allow_leakage": False,                # True: go on although a training query stands in val or test too
@@ -125,6 +126,7 @@ PROMPT_TEMPLATE = "Query: {query}\nReasoning tokens needed:"
 Config = Mapping[str, Any]  # CONFIG with its overrides: read, never written
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "balance_by": ("none", "domain", "budget"),
     "on_bad_row": ("error", "skip"),
     "target_transform": ("tokens", "log"),
     "lr_schedule": ("linear", "cosine", "constant"),
@@ -639,9 +641,26 @@ def encode_rows(rows: Sequence[Row], model: BudgetRegressionModel) -> tuple[Exam
     return Examples(ids, budget, np.array([row.censored for row in rows], dtype=bool)), n_cut
 
 
-def epoch_order(n_examples: int, seed: int, epoch: int) -> list[int]:
-    """Return the order of the examples in an epoch: a pure function, so that a resumed run sees the same one."""
-    return np.random.default_rng([seed, epoch]).permutation(n_examples).tolist()
+def sampling_weights(rows: Sequence[Row], balance_by: str) -> np.ndarray | None:
+    """Return how likely each row is to be drawn, (N,), so that every class of rows is drawn as often; None = once each.
+
+    The classes are the domains, or the tenths of the budgets.
+    """
+    if balance_by == "none":
+        return None
+    classes = [row.domain for row in rows] if balance_by == "domain" else budget_deciles([row.budget for row in rows])
+    _, class_of, counts = np.unique(classes, return_inverse=True, return_counts=True)
+    return 1 / (len(counts) * counts[class_of])
+
+
+def epoch_order(n_examples: int, seed: int, epoch: int, weights: np.ndarray | None = None) -> list[int]:
+    """Return the order of the examples in an epoch: a pure function, so that a resumed run sees the same one.
+
+    With weights, (N,), as many examples are drawn by them, some more than once.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    drawn = rng.permutation(n_examples) if weights is None else rng.choice(n_examples, n_examples, p=weights)
+    return drawn.tolist()
 
 
 def plan_packed(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -1552,8 +1571,8 @@ class Run:
             self.log.say("Out of GPU memory: every layer is recomputed from here on")
         else:
             raise UserError(f"out of GPU memory, though every micro-batch is one example of at most {longest:,} tokens:"
-                            " --activation_checkpointing on, --quantization nf4, a smaller --max_length or --model_name "
-                            "takes less")
+                            " --activation_checkpointing on, --quantization nf4, a smaller --max_length or "
+                            "--model_name takes less")
 
     def recompute_layers(self, every: int) -> None:
         """Recompute every `every`-th layer in the backward pass from here on; 0 = none."""
@@ -1847,7 +1866,8 @@ def train_epoch(run: Run) -> None:
         Stopped: a signal came.
     """
     cfg, progress, n_train = run.cfg, run.progress, len(run.splits["train"])
-    order = epoch_order(n_train, cfg["seed"], progress.epoch)
+    weights = sampling_weights(run.splits["train"], cfg["balance_by"])
+    order = epoch_order(n_train, cfg["seed"], progress.epoch, weights)
     n_steps = math.ceil(n_train / run.step_size)
     with tqdm(total=n_steps, initial=progress.examples_seen // run.step_size, desc=f"epoch {progress.epoch + 1}",
               disable=None if run.accelerator.is_main_process else True, unit="step", leave=False) as bar:
@@ -1957,6 +1977,17 @@ def train(cfg: Config) -> None:
         accelerator.end_training()
 
 
+def noise_floor(train_path: str) -> str:
+    """Return what the data card beside the training rows says of the best possible MAE; empty where there is none."""
+    path = Path(train_path).with_name("data_card.json")
+    try:
+        floor = json.loads(path.read_text(encoding="utf-8"))["noise"]["noise_floor"]
+        return (f"Noise floor: the median of a query's other traces misses one more trace by {floor['mae']:,.1f} "
+                f"tokens in the mean\n  ({path})")
+    except (OSError, ValueError, KeyError, TypeError):  # no card, or one of rows without traces
+        return ""
+
+
 def report_run(run: Run) -> None:
     """Score the best checkpoint on validation and test rows, beside the baselines, and say how good the run was."""
     cfg, progress, log, path = run.cfg, run.progress, run.log, run.path / "best_model.pt"
@@ -1976,6 +2007,8 @@ def report_run(run: Run) -> None:
         say_report(report, "validation" if split == "val" else split, log.say)
         log.say(write_report(report, rows, tokens, split, cfg["log_dir"]))
         log.history[split] = {**report["metrics"], "baselines": report["baselines"]}
+    if floor := noise_floor(cfg["train_path"]):
+        log.say(f"\n{floor}")
     underrun = 100 * log.history["val"]["underrun_rate"]
     log.say(f"\nBest Val MAE: {progress.best_mae:,.2f} tokens, after epoch {progress.best_epoch:.3g}: {path}")
     for name, value, excellent, good, poor in (("MAE", progress.best_mae, 500, 750, 1500),

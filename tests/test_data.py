@@ -395,3 +395,20 @@ def test_budget_deciles_are_tenths():
     deciles = train_sft_l4.budget_deciles(np.random.default_rng(0).permutation(np.arange(1.0, 1001.0)))
     assert Counter(deciles.tolist()) == dict.fromkeys(range(10), 100)
     assert train_sft_l4.budget_deciles([5.0] * 7).tolist() == [0] * 7
+
+
+@pytest.mark.parametrize("balance_by", ["domain", "budget"])
+def test_balanced_epochs_draw_every_class_as_often(balance_by):
+    rows = [train_sft_l4.parse_row(json.dumps({
+        "query": f"q{i}", "optimal_budget": 10 if i < 850 else 10 * i, "domain": "rare" if i % 20 == 0 else "common",
+    }).encode(), "", True) for i in range(1000)]
+    weights = train_sft_l4.sampling_weights(rows, balance_by)
+    assert weights.sum() == pytest.approx(1)
+    order = train_sft_l4.epoch_order(1000, 1, 0, weights)
+    assert len(order) == 1000
+    assert order == train_sft_l4.epoch_order(1000, 1, 0, weights) != train_sft_l4.epoch_order(1000, 1, 1, weights)
+    if balance_by == "domain":
+        assert Counter(rows[i].domain for i in order)["rare"] == pytest.approx(500, abs=60)
+    else:  # one budget fills the lowest deciles: it is one class of three
+        assert Counter(rows[i].budget for i in order)[10] == pytest.approx(333, abs=60)
+    assert train_sft_l4.sampling_weights(rows, "none") is None

@@ -62,6 +62,17 @@ def test_every_command_that_runs_the_script_parses(document, demo, tmp_path, mon
             pytest.fail(f"{document}: train_sft_l4.py {shlex.join(arguments)}: {error}")
 
 
+def test_every_command_that_prepares_data_parses():
+    import test_prepare
+
+    prepare = test_prepare.load()
+    commands = [shlex.split(line) for line in "\n".join(blocks("README.md", "bash")).split("\n")
+                if line.startswith("python data/prepare.py ")]
+    assert {arguments[2] for arguments in commands} == {"sample", "label", "split"}
+    for arguments in commands:
+        prepare.parse_arguments(arguments[2:])
+
+
 def test_the_documents_show_training_evaluation_and_prediction():
     commands = [arguments[0] if arguments else "" for document in DOCUMENTS
                 for arguments in arguments_of_commands(document)]

@@ -553,3 +553,16 @@ def test_layers_are_recomputed_as_memory_asks(config, tmp_path, monkeypatch, cap
     layers = [m for m in run.model.modules() if type(m).__name__ == "LlamaDecoderLayer"]
     assert [layer.gradient_checkpointing for layer in layers] == [every > 0 and i % every == 0 for i in range(8)]
     assert all(parameter.grad is None for parameter in run.model.parameters())
+
+
+def test_the_noise_floor_stands_beside_the_error_where_there_is_a_card(config, tmp_path, capsys):
+    for name in ("train", "val", "test"):
+        shutil.copy(config[f"{name}_path"], tmp_path / f"{name}.jsonl")
+        config[f"{name}_path"] = f"{tmp_path}/{name}.jsonl"
+    (tmp_path / "data_card.json").write_text('{"noise": {"noise_floor": {"mae": 123.45}}}')
+    train_sft_l4.train(config | {"num_epochs": 1, "balance_by": "domain"})
+    expected = "Noise floor: the median of a query's other traces misses one more trace by 123.5 tokens in the mean\n"
+    assert expected in capsys.readouterr().out
+    for broken in ("{", '{"noise": null}', "[]", '{"all": {}}'):
+        (tmp_path / "data_card.json").write_text(broken)
+        assert train_sft_l4.noise_floor(config["train_path"]) == ""
