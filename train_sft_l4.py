@@ -735,6 +735,11 @@ def collate(ids: Sequence[Sequence[int]], packed: bool) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def send(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers as a tensor on `device` without waiting for what it still computes."""
+    return torch.as_tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Packing:
     """Where each query lies in a packed row of N tokens."""
@@ -745,8 +750,7 @@ class Packing:
     @classmethod
     def of(cls, lengths: list[int], device: torch.device) -> Packing:
         """Return the packing of queries of these lengths."""
-        offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-        return cls(lengths, offsets)
+        return cls(lengths, send([0, *itertools.accumulate(lengths)], torch.int32, device))
 
     def position_ids(self) -> Tensor:
         """Return each token's place in its query, (1, N)."""
@@ -755,8 +759,19 @@ class Packing:
 
 
 def has_varlen_kernel(query: Tensor) -> bool:
-    """Return whether `varlen_attn` computes such queries: bf16 and fp16 on a GPU."""
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    """Return whether `varlen_attn` computes such queries: bf16 and fp16 on a GPU, heads of usual widths."""
+    width = query.shape[-1]
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256
+
+
+@functools.cache
+def varlen_options(causal: bool) -> dict[str, Any]:
+    """Return the flags of `varlen_attn`, which torch 2.10 to 2.13 name and take differently."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = {"enable_gqa": True} | ({"window_size": (-1, 0), "is_causal": True} if causal else {})
+    accepted = inspect.signature(varlen_attn).parameters
+    return {name: value for name, value in options.items() if name in accepted}
 
 
 def attend_packed(_module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: None = None, *,
@@ -781,11 +796,8 @@ def attend_packed(_module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
 
         q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))  # (N, heads, width)
         offsets = torch.arange(len(asked) + 1, dtype=torch.int32, device=q.device) if last_only else packing.offsets
-        options: dict[str, Any] = {} if last_only else {"window_size": (-1, 0), "is_causal": True}
-        options |= {"enable_gqa": True}
-        accepted = inspect.signature(varlen_attn).parameters  # torch 2.10 to 2.13 name the same things differently
         output: Any = varlen_attn(q, k, v, offsets, packing.offsets, max(asked), max(packing.lengths), scale=scaling,
-                                  **{name: value for name, value in options.items() if name in accepted})
+                                  **varlen_options(causal=not last_only))
         return output.unsqueeze(0), None
     pieces = zip(query.split(asked, 2), key.split(packing.lengths, 2), value.split(packing.lengths, 2), strict=True)
     attended = [F.scaled_dot_product_attention(*piece, is_causal=not last_only, scale=scaling, enable_gqa=True)
@@ -961,7 +973,7 @@ class SharedDropout(nn.Dropout):
     On a CPU, where torch draws slowly, an element's fate hangs on 16 random bits: a mask takes a sixth of the time.
     """
 
-    latest: tuple[Tensor, Tensor] | None = None
+    latest: tuple[Tensor, Tensor] | None = None  # of a pass under way: it holds the graph, and so all activations
 
     def forward(self, states: Tensor) -> Tensor:
         """Return the states with elements dropped, or what was returned for this very tensor a moment ago."""
@@ -976,6 +988,13 @@ class SharedDropout(nn.Dropout):
         draws = torch.empty(math.ceil(states.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
         bits = draws.view(torch.int16)[: states.numel()].view(states.shape)
         return states.masked_fill(bits < round(2**16 * self.p) - 2**15, 0.0) / (1 - self.p)
+
+
+def forget_dropped(model: nn.Module) -> None:
+    """Let go of the last pass, which SharedDropout remembers."""
+    for module in model.modules():
+        if isinstance(module, SharedDropout):
+            module.latest = None
 
 
 def fingerprint_weights(backbone: nn.Module) -> str:
@@ -1089,7 +1108,7 @@ class BudgetRegressionModel(nn.Module):
 
     def collate(self, ids: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Return encoded queries as the arguments of `forward`, on the model's device."""
-        input_ids = collate(ids, self.packed).to(self.target_scale.device)
+        input_ids = collate(ids, self.packed).to(self.target_scale.device, non_blocking=True)
         return {"input_ids": input_ids, "lengths": [len(row) for row in ids]}
 
     def plan(self, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -1109,7 +1128,7 @@ class BudgetRegressionModel(nn.Module):
             packing = Packing.of(lengths, input_ids.device)
             return self.backbone(input_ids=input_ids, position_ids=packing.position_ids(), packing=packing,
                                  ).last_hidden_state[0]
-        last = torch.tensor(lengths, device=input_ids.device) - 1
+        last = send(lengths, torch.int64, input_ids.device) - 1
         # Causal attention never looks to the right, where the padding is: without a mask its kernels are faster.
         mask = None if self.causal else (torch.arange(input_ids.shape[1], device=last.device) <= last[:, None]).long()
         hidden = self.backbone(input_ids=input_ids, attention_mask=mask).last_hidden_state
@@ -1149,6 +1168,8 @@ class BudgetRegressionModel(nn.Module):
         cfg["model_name"] = model_name or cfg["model_name"]
         place = pick_device() if device == "auto" else torch.device(device)
         model = cls(cfg, dtype=torch.bfloat16 if place.type == "cuda" else torch.float32)
+        if merge and cfg["quantization"] != "none":
+            raise UserError("merging would round the adapters to the 4 bits of the backbone: leave it out")
         model.restore(checkpoint, Path(path), cfg["model_name"])
         model = model.to(place).eval()
         if merge and cfg["lora_r"]:
@@ -1201,13 +1222,13 @@ def predict_encoded(model: BudgetRegressionModel, ids: Sequence[list[int]], max_
         Stopped: a signal came.
     """
     rank, n_processes = (processes.process_index, processes.num_processes) if processes else (0, 1)
-    predicted = np.zeros(len(ids))
     todo = model.plan([len(row) for row in ids], max_tokens)[rank::n_processes][::-1]
+    done: list[tuple[list[int], Tensor]] = []  # fetched from the device at the end, so that it never waits for us
     with tqdm(total=len(ids), desc=title, leave=False, disable=None if title else True, unit=" queries") as bar:
         while todo:
             indices = todo.pop()
             try:
-                predicted[indices] = model(**model.collate([ids[i] for i in indices])).double().cpu().numpy()
+                done.append((indices, model(**model.collate([ids[i] for i in indices]))))
             except torch.OutOfMemoryError:
                 if len(indices) == 1:
                     raise
@@ -1216,6 +1237,9 @@ def predict_encoded(model: BudgetRegressionModel, ids: Sequence[list[int]], max_
             bar.update(len(indices) * n_processes)
             if stop is not None and stop.number:
                 raise Stopped(stop.number)
+    predicted = np.zeros(len(ids))
+    for indices, tokens in done:
+        predicted[indices] = tokens.double().cpu().numpy()
     if n_processes == 1:
         return predicted
     from accelerate.utils import reduce
@@ -1516,6 +1540,13 @@ class Progress:
     finished: bool = False
 
 
+def free_memory(model: nn.Module) -> None:
+    """Give the memory of a failed pass back to the GPU."""
+    forget_dropped(model)
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 @dataclasses.dataclass
 class Run:
     """A training run: what it works on, and how it gets in and out of a checkpoint."""
@@ -1560,8 +1591,7 @@ class Run:
             UserError: nothing is left to shrink.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory(self.model)
         limit = self.progress.token_limit
         if limit > longest:
             self.progress.token_limit = limit // 2
@@ -1734,14 +1764,15 @@ def accumulate_gradients(run: Run, indices: Sequence[int]) -> Tensor:
     for number, members in enumerate(plan, start=1):
         chosen = [mine[i] for i in members]
         batch = run.model.collate([examples.ids[i] for i in chosen])
-        target = run.model.to_scaled(torch.tensor(examples.budget[chosen], dtype=torch.float32, device=device))
-        censored = torch.tensor(examples.censored[chosen], device=device)
+        target = run.model.to_scaled(send(examples.budget[chosen], torch.float32, device))
+        censored = send(examples.censored[chosen], torch.bool, device)
         is_last = number == len(plan)  # the processes exchange gradients once a step
         with nullcontext() if is_last else run.accelerator.no_sync(run.parallel_model):
             loss = weight * huber_sum(run.parallel_model(**batch, scaled=True), target, censored)
             # Averaging over processes divides by their number, which is undone here.
             run.accelerator.backward(loss * (n_processes / len(indices)))
         loss_sum += loss.detach()
+    forget_dropped(run.model)
     return loss_sum
 
 
@@ -1751,20 +1782,26 @@ def fit_memory(run: Run) -> None:
     Raises:
         UserError: not even the longest example alone fits.
     """
+    run.model.train()  # a backbone is loaded in eval mode, in which no layer is recomputed
     longest = max(run.examples["train"].ids, key=len)
     ladder = {"off": [0], "on": [1], "auto": [0, 4, 2, 1]}[run.cfg["activation_checkpointing"]]
+    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     # AdamW's moments are not there before the first step: two float32 values for each that is trained.
-    moments = torch.empty(2 * sum(p.nbytes for p in run.model.parameters() if p.requires_grad), dtype=torch.uint8,
-                          device=run.accelerator.device)
+    n_bytes = 0 if run.optimizer.state else 2 * sum(parameter.nbytes for parameter in trained)
+    moments = torch.empty(n_bytes, dtype=torch.uint8, device=run.accelerator.device)
     while True:
         ids = [longest] * max(1, run.progress.token_limit // len(longest))
         for every in ladder:
             run.recompute_layers(every)
-            torch.cuda.empty_cache()
+            free_memory(run.model)
             torch.cuda.reset_peak_memory_stats()
             with suppress(torch.OutOfMemoryError):
-                run.model(**run.model.collate(ids), scaled=True).sum().backward()
+                for parameter in trained:
+                    parameter.grad = torch.zeros_like(parameter)  # what the second micro-batch of a step finds
+                for batch in ([longest[:16]], ids):  # a short one first: kernels are loaded while there is room
+                    run.model(**run.model.collate(batch), scaled=True).sum().backward()
                 run.optimizer.zero_grad(set_to_none=True)
+                forget_dropped(run.model)
                 peak = torch.cuda.max_memory_allocated() / 2**30
                 what = f"every {every} layers" if every > 1 else "every layer" if every else "no layer"
                 run.log.say(f"Memory {peak:.1f} GiB at most for {len(longest) * len(ids):,} tokens, the largest "
@@ -2098,7 +2135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments[:1] in (["train"], ["evaluate"], ["predict"]) else "train"
     # Micro-batches differ in size: memory blocks that grow are not left over in pieces. Read when a GPU is first used.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name of the same settings
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
         if command == "train":
             cfg = parse_train_arguments(arguments)

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -519,11 +520,11 @@ def test_weights_that_do_not_fit_end_with_advice(config, monkeypatch, capsys):
 def test_layers_are_recomputed_as_memory_asks(config, tmp_path, monkeypatch, capsys, share, limit, every):
     """Memory is what the layers keep for the backward pass; as much as `share` of what they keep at 256 tokens fits."""
     folder = save_llama(tmp_path / "deep", seed=1, num_hidden_layers=8)
-    run = set_up(config | {"model_name": folder})
+    run = set_up(config | {"model_name": folder})  # its backbone is in eval mode, as it was loaded
     for name in ("reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
-    forward, room, peaks = run.model.forward, [math.inf], []
+    forward, room, peaks, alive = run.model.forward, [math.inf], [], []
 
     def counting(*args, **options):
         kept = 0
@@ -538,13 +539,13 @@ def test_layers_are_recomputed_as_memory_asks(config, tmp_path, monkeypatch, cap
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = forward(*args, **options)
         peaks.append(kept)
+        alive.append(weakref.ref(output))
         return output
 
     monkeypatch.setattr(run.model, "forward", counting)
-    run.model.train()
     train_sft_l4.fit_memory(run)
     assert (run.checkpoint_every, run.progress.token_limit) == (0, 256)
-    room[0] = share * peaks[0]
+    room[0] = share * max(peaks)
     train_sft_l4.fit_memory(run)
     assert (run.checkpoint_every, run.progress.token_limit) == (every, limit)
     what = {0: "no layer", 1: "every layer"}.get(every, f"every {every} layers")
@@ -553,6 +554,8 @@ def test_layers_are_recomputed_as_memory_asks(config, tmp_path, monkeypatch, cap
     layers = [m for m in run.model.modules() if type(m).__name__ == "LlamaDecoderLayer"]
     assert [layer.gradient_checkpointing for layer in layers] == [every > 0 and i % every == 0 for i in range(8)]
     assert all(parameter.grad is None for parameter in run.model.parameters())
+    assert not any(each() is not None for each in alive)
+    assert all(module.latest is None for module in run.model.modules() if type(module).__name__ == "SharedDropout")
 
 
 def test_the_noise_floor_stands_beside_the_error_where_there_is_a_card(config, tmp_path, capsys):
