@@ -564,8 +564,8 @@ def report(figures: Mapping[str, Any]) -> str:
     if "prediction" in figures:
         found = figures["prediction"]
         paragraphs += [
-            f"Prediction: {found['queries_per_s']:,.3g} queries/s batched, {found['batch_over_loop']:.2g} times as many "
-            f"as one at a time. One query takes {found['one_query_ms']:.3g} ms, with merged adapters "
+            f"Prediction: {found['queries_per_s']:,.3g} queries/s batched, {found['batch_over_loop']:.2g} times as "
+            f"many as one at a time. One query takes {found['one_query_ms']:.3g} ms, with merged adapters "
             f"{found['one_query_merged_ms']:.3g} ms; reading the weights once takes "
             f"{found['reading_weights_ms']:.2g} ms.",
             "Minutes an epoch, by rows and tokens (steps measured, then multiplied by their number):",

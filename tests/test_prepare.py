@@ -2,13 +2,16 @@
 
 import csv
 import gzip
+import http.server
 import importlib.util
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections import Counter
@@ -427,3 +430,107 @@ def test_the_servers_own_count_comes_first(prepare):
     assert prepare.reasoning_tokens(Usage(completion_tokens=90), "abc", "text", len) == (3, "tokenizer")
     assert prepare.reasoning_tokens(Usage(completion_tokens=90), "", "ab</think>cd", len) == (2, "tokenizer")
     assert prepare.reasoning_tokens(Usage(completion_tokens=90), "", "text", None) == (90, "completion_tokens")
+
+
+class Proxy(http.server.BaseHTTPRequestHandler):
+    """Stands between the client and the real server, and answers for it where a fault is wanted."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append(json.loads(body))
+        fault = self.server.faults.pop(0) if self.server.faults else None
+        if fault == "hang up":
+            self.connection.close()
+            return
+        status, reply = fault or 200, b'{"error": {"message": "later"}}'
+        if not fault:
+            address = self.server.target + self.path.removeprefix("/v1")
+            request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request) as answer:
+                reply = answer.read()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(reply)))
+        self.send_header("Retry-After", "0")
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def faulty(server):
+    """The real server behind a proxy: its address with the model, and the proxy."""
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    proxy.target, proxy.faults, proxy.requests = server[0], [], []
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    yield (f"http://127.0.0.1:{proxy.server_port}/v1", server[1]), proxy
+    proxy.shutdown()
+    proxy.server_close()
+
+
+def test_a_busy_server_is_asked_again(faulty, tmp_path):
+    address, proxy = faulty
+    proxy.faults = [429, 503, "hang up", 500]
+    process = sample(address, tmp_path, "--samples", "1")
+    assert process.returncode == 0, process.stderr
+    assert len(read_rows(tmp_path / "traces.jsonl")) == 6
+    assert len(proxy.requests) == 10
+
+
+def test_an_endpoint_that_dies_midway_loses_nothing(faulty, tmp_path):
+    address, proxy = faulty
+    proxy.faults = [None] * 4 + [500] * 50
+    process = sample(address, tmp_path, "--samples", "1", "--retries", "1", "--concurrency", "1")
+    assert process.returncode == 2
+    assert "the same command goes on from there" in process.stderr
+    first = read_rows(tmp_path / "traces.jsonl")
+    assert len(first) == 4
+    proxy.faults, asked = [], len(proxy.requests)
+    assert sample(address, tmp_path, "--samples", "1").returncode == 0
+    assert len(proxy.requests) - asked == 2  # only what was missing
+    assert read_rows(tmp_path / "traces.jsonl")[:4] == first
+
+
+def test_a_wrong_key_is_named(faulty, tmp_path):
+    address, proxy = faulty
+    proxy.faults = [401] * 50
+    process = sample(address, tmp_path)
+    assert process.returncode == 2
+    assert "refuses the key in OPENAI_API_KEY: set it in the environment" in process.stderr
+
+
+def test_a_request_that_is_refused_is_counted_and_the_others_go_on(faulty, tmp_path):
+    address, proxy = faulty
+    proxy.faults = [400]
+    process = sample(address, tmp_path, "--samples", "1")
+    assert process.returncode == 0
+    assert "5 traces; 1 refused" in process.stdout
+    assert "refused: " in process.stderr
+    assert len(read_rows(tmp_path / "traces.jsonl")) == 5
+
+
+def test_forced_budgets_are_sent_in_the_servers_field_and_recorded(faulty, tmp_path, prepare):
+    address, proxy = faulty
+    process = sample(address, tmp_path, "--samples", "1", "--budgets", "4,8", "--budget-field",
+                     "chat_template_kwargs.thinking_budget")
+    assert process.returncode == 0, process.stderr
+    sent = Counter(request["chat_template_kwargs"]["thinking_budget"] for request in proxy.requests)
+    assert sent == {4: 6, 8: 6}
+    assert Counter(trace["budget"] for trace in read_rows(tmp_path / "traces.jsonl")) == sent
+
+
+def test_an_interrupted_collection_keeps_its_traces(faulty, tmp_path):
+    address, _ = faulty
+    write_rows(tmp_path / "questions.jsonl", [{"query": f"Number {i}"} for i in range(500)])
+    command = [sys.executable, SCRIPT, "sample", "questions.jsonl", "--endpoint", address[0], "--model", address[1],
+               "--output", "traces.jsonl", "--max-tokens", "8"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    path = tmp_path / "traces.jsonl"
+    deadline = time.monotonic() + 60
+    while (not path.exists() or path.stat().st_size < 2000) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert len(read_rows(path)) >= 3
