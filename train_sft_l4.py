@@ -102,7 +102,8 @@ CONFIG: dict[str, Any] = {
     "huber_delta": 1000.0,                 # tokens; squared error below, linear above (log: as seen from the median)
 
     # --- speed and memory ---
-    "max_tokens_per_micro_batch": 2048,    # padding included; halved when GPU memory runs out, results stay the same
+    "max_tokens_per_micro_batch": 2048,    # padding included; halved when GPU memory runs out: the gradient of a step
+                                           # stays the same sum, only the dropout masks are drawn otherwise
     "attention": "auto",                   # packed = queries end to end, no padding | padded | auto = packed if it can
     "activation_checkpointing": "auto",    # off | on = recompute every layer in the backward pass: slower, far less
                                            # memory | auto = as few layers as the memory of the GPU asks for
@@ -845,8 +846,9 @@ def choose_packed(attention: str, backbone: Any, max_length: int) -> bool:
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     packable = config.model_type in PACKABLE and max_length <= (window or max_length)
     if attention == "packed" and not packable:
-        raise UserError(f"attention packed: {config.name_or_path} is a {config.model_type}, its window "
-                        f"{window or 'unbounded'}: it takes {', '.join(PACKABLE)} whose window holds max_length tokens")
+        obstacle = f"attends to {window} tokens only" if config.model_type in PACKABLE else f"is a {config.model_type}"
+        raise UserError(f"attention packed: {config.name_or_path} {obstacle}; what is packed are {', '.join(PACKABLE)} "
+                        "that attend to max_length tokens")
     old_gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)  # without varlen_attn
     return packable and attention != "padded" and not old_gpu
 
@@ -919,6 +921,8 @@ def load_tokenizer_and_backbone(name: str, dtype: torch.dtype, quantization: str
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig
 
+    if quantization != "none" and util.find_spec("bitsandbytes") is None:
+        raise UserError(f"quantization {quantization} needs a package: pip install bitsandbytes")
     try:
         config = AutoConfig.from_pretrained(name)  # first: the quickest to tell that there is no access
         if config.is_encoder_decoder:
@@ -949,6 +953,7 @@ def add_adapters(backbone: Any, cfg: Config) -> Any:
     """Return the backbone frozen, with LoRA adapters (https://arxiv.org/abs/2106.09685) in float32."""
     from peft import LoraConfig, get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
     linears = sorted({name.rsplit(".", 1)[-1] for name, module in backbone.named_modules()
                       if getattr(module, "weight", None) is not None and module.weight.ndim == 2
@@ -961,6 +966,9 @@ def add_adapters(backbone: Any, cfg: Config) -> Any:
         r=cfg["lora_r"], lora_alpha=cfg["lora_alpha"], target_modules=list(cfg["lora_target_modules"])))
     dropout = SharedDropout(cfg["lora_dropout"])
     for module in adapted.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            # A layer that is recomputed gets the very tensor of its first pass, and has to draw its masks anew.
+            module.register_forward_pre_hook(lambda *_: dropout.forget())
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False  # autocast casts the weights: a float32 copy of each input is waste
             module.lora_dropout["default"] = dropout
@@ -984,6 +992,10 @@ class SharedDropout(nn.Dropout):
             self.latest = (states, self._drop_on_cpu(states) if states.is_cpu else super().forward(states))
         return self.latest[1]
 
+    def forget(self) -> None:
+        """Let go of the latest input."""
+        self.latest = None
+
     def _drop_on_cpu(self, states: Tensor) -> Tensor:
         draws = torch.empty(math.ceil(states.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
         bits = draws.view(torch.int16)[: states.numel()].view(states.shape)
@@ -994,7 +1006,7 @@ def forget_dropped(model: nn.Module) -> None:
     """Let go of the last pass, which SharedDropout remembers."""
     for module in model.modules():
         if isinstance(module, SharedDropout):
-            module.latest = None
+            module.forget()
 
 
 def fingerprint_weights(backbone: nn.Module) -> str:
@@ -1403,9 +1415,16 @@ def format_metrics(name: str, metrics: Metrics) -> str:
             f"{number('spearman', '.3f')}{number('underrun_rate', '.1f', 100)}{number('mean_underrun', ',.0f')}")
 
 
+def better_baselines(metrics: Metrics, baselines: Mapping[str, Metrics]) -> list[str]:
+    """Return the baselines that are at least as good as the model, with their MAE."""
+    mae = metrics.get("mae")
+    return [f"{name} ({each['mae']:,.1f})" for name, each in baselines.items()
+            if mae is not None and each["mae"] <= mae]
+
+
 def say_report(report: Mapping[str, Any], title: str, say: Callable[[str], None]) -> None:
     """Print a report: the model beside the baselines, then by domain and by budget."""
-    headings = ("MAE", "MdAPE %", "Spearman", "under %", "by tokens")
+    headings = ("MAE", "MdAPE %", "Spearman", "under %", "missing")
     say(f"\n{title[:26]:<26}{'rows':>6}" + "".join(f"{heading:>9}" for heading in headings))
     say(format_metrics("budget model", report["metrics"]))
     for name, metrics in report["baselines"].items():
@@ -1418,9 +1437,7 @@ def say_report(report: Mapping[str, Any], title: str, say: Callable[[str], None]
     say("by true budget")
     for metrics in report["by_budget_decile"]:
         say(format_metrics(f"{metrics['min_budget']:,.0f} to {metrics['max_budget']:,.0f}", metrics))
-    mae = report["metrics"].get("mae")
-    better = [f"{name} ({each['mae']:,.1f})" for name, each in report["baselines"].items()
-              if mae is not None and each["mae"] <= mae]
+    better = better_baselines(report["metrics"], report["baselines"])
     if better:
         say(f"NOT BETTER than {', '.join(better)}\n(README: When the error is high)")
 
@@ -1945,9 +1962,10 @@ def set_up(cfg: Config, accelerator: Any, log: RunLog) -> Run:
 
     total_steps = math.ceil(len(splits["train"]) / (cfg["batch_size"] * cfg["grad_accum_steps"])) * cfg["num_epochs"]
     warmup, wanted = warmup_length(cfg, total_steps)
-    sizes = [parameter.numel() for parameter in model.parameters()]
+    sizes = [parameter.numel() for parameter in model.backbone.parameters()]
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-    log.say(f"Model  {cfg['model_name']}: {sum(sizes) / 1e6:,.1f} M parameters, {sum(trained) / 1e6:,.1f} M trained")
+    log.say(f"Model  {cfg['model_name']}: {sum(sizes) / 1e6:,.1f} M; trained, with head: "
+            f"{sum(trained) / 1e6:,.1f} M")
     log.say(f"Plan   {total_steps:,} steps, {warmup:,} of them warm-up"
             + (f" (a tenth of the run, not {wanted:,})" if warmup < wanted else ""))
     optimizer = build_optimizer(model, cfg["learning_rate"], cfg["weight_decay"])
@@ -1961,7 +1979,7 @@ def set_up(cfg: Config, accelerator: Any, log: RunLog) -> Run:
     if to_resume is not None:
         run.restore(to_resume)
         log.say(f"Going on from {to_resume} at step {run.progress.step:,}")
-        if not (run.path / "best_model.pt").is_file():
+        if math.isfinite(run.progress.best_mae) and not (run.path / "best_model.pt").is_file():
             run.progress.best_mae = math.inf
             log.say(f"No best_model.pt in {run.path}: the best from here on will be kept")
     if accelerator.device.type == "cuda":
@@ -2053,6 +2071,9 @@ def report_run(run: Run) -> None:
         verdict = next((word for word, limit in (("excellent", excellent), ("good", good), ("fair", poor))
                         if value < limit), "needs improvement")
         log.say(f"  {name} {value:,.1f}: {verdict} (excellent < {excellent}, good < {good}, poor >= {poor})")
+    better = better_baselines(log.history["val"], log.history["val"]["baselines"])
+    if better:
+        log.say(f"  But as good, and cheaper: {', '.join(better)}")
     tokens_per_s = sum(entry["tokens"] for entry in log.history["steps"]) / max(progress.seconds, 1e-9)
     gpu = f"; peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
     log.say(f"Trained for {progress.seconds / 60:.1f} minutes, {tokens_per_s:,.0f} tokens/s{gpu}")

@@ -716,11 +716,17 @@ def compare(args: argparse.Namespace, scratch: str) -> None:
     path = ROOT / "tests" / "benchmark_results" / f"{slug}_{name}.json"
     figures = {"machine": machine, "flags": vars(args) | {"backbone": name}, "limits": limits, "contenders": result,
                "difference_ours_classic": difference}
-    script.write_json(path, figures)  # what there is, should the rest not come to its end
+    keep = not args.without and args.rounds >= 3
+    if keep:
+        script.write_json(path, figures)  # what there is, should the rest not come to its end
     figures["growth"] = measure_growth(run, vocab_size, args.steps)
     figures["prediction"] = measure_prediction(run.model, examples, limits, args.rounds)  # last: it merges the adapters
-    script.write_json(path, figures)
-    print(f"\n{report(figures)}\nWritten: {path.relative_to(ROOT)}")
+    print(f"\n{report(figures)}")
+    if keep:
+        script.write_json(path, figures)
+        print(f"Written: {path.relative_to(ROOT)}")
+    else:
+        print("Not kept: figures are kept of all contenders and at least 3 rounds")
 
 
 if __name__ == "__main__":

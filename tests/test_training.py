@@ -101,10 +101,13 @@ def test_activation_checkpointing_does_not_change_the_gradients(config, lora_r):
     assert_close(found[1], found[0], rtol=1e-6)
 
 
-def test_recomputed_layers_draw_the_same_dropout_masks(config):
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj", "down_proj"], ["query", "value"]])
+def test_recomputed_layers_draw_the_same_dropout_masks(config, bert, targets):
+    """BERT's query and value read a layer's input itself, which is the same tensor when the layer is recomputed."""
     found = []
+    config |= {"model_name": bert if "query" in targets else config["model_name"], "lora_target_modules": targets}
     for switch in ("off", "on"):
-        run = set_up(config | {"lora_dropout": 0.3, "activation_checkpointing": switch})
+        run = set_up(config | {"lora_dropout": 0.3, "activation_checkpointing": switch, "overwrite": True})
         shake(run.model)
         run.model.train()
         torch.manual_seed(8)
