@@ -826,6 +826,9 @@ def draw_budgets(splits: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+COSTS = ("prompt_tokens", "completion_tokens")  # what an endpoint bills
+
+
 @dataclass(frozen=True)
 class Job:
     """One trace to collect."""
@@ -855,24 +858,35 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     return questions
 
 
-def read_done(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the traces that an earlier collection wrote, and cut off a line that a kill left half written.
+def read_done(path: Path, settings: Mapping[str, Any]) -> tuple[set[tuple[str, int, int | None]], Counter[str]]:
+    """Return which traces an earlier collection wrote and what they cost; cut off a line that a kill left half written.
 
     Raises:
-        UserError: they were collected with other settings.
+        UserError: they were collected with other settings, or the file holds something else.
     """
+    known: set[tuple[str, int, int | None]] = set()
+    spent: Counter[str] = Counter(dict.fromkeys(COSTS, 0))
     if not path.exists():
-        return []
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    traces = [json.loads(line) for line in whole.splitlines() if line.strip()]
-    for trace in traces:
-        changed = [f"{name} {trace.get(name)!r}, not {value!r}" for name, value in settings.items()
-                   if trace.get(name) != value]
-        if changed:
-            raise UserError(f"{path} was collected with {', '.join(changed)}: choose another --output")
+        return known, spent
+    n_whole = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            n_whole += len(line)
+            try:
+                trace = json.loads(line)
+                known.add((trace["query"], trace["sample"], trace["budget"]))
+                spent.update({name: trace[name] or 0 for name in COSTS})
+            except (ValueError, TypeError, KeyError):
+                raise UserError(f"{path}:{number} is not a trace of this program: choose another --output") from None
+            changed = [f"{name} {trace.get(name)!r}, not {value!r}" for name, value in settings.items()
+                       if trace.get(name) != value]
+            if changed:
+                raise UserError(f"{path} was collected with {', '.join(changed)}: choose another --output")
     with path.open("r+b") as file:
-        file.truncate(len(whole) + (1 if whole else 0))
-    return traces
+        file.truncate(n_whole)
+    return known, spent
 
 
 def nested(path: str, value: Any) -> dict[str, Any]:
@@ -951,7 +965,7 @@ class Collector:
         return str(error)
 
 
-def run_jobs(collector: Collector, jobs: Sequence[Job], done: Sequence[Mapping[str, Any]],
+def run_jobs(collector: Collector, jobs: Sequence[Job], n_done: int, spent: Counter[str],
              file: IO[bytes]) -> list[str]:
     """Collect all jobs, writing each trace as it comes; return what was said of requests that were refused.
 
@@ -959,13 +973,11 @@ def run_jobs(collector: Collector, jobs: Sequence[Job], done: Sequence[Mapping[s
         UserError: the endpoint is gone, or refuses everything.
     """
     args, refused = collector.args, list[str]()
-    spent = Counter({name: sum(trace.get(name) or 0 for trace in done)
-                     for name in ("prompt_tokens", "completion_tokens")})
     waiting = iter(jobs)
     pool = ThreadPoolExecutor(args.concurrency)
     running = {pool.submit(collector.collect, job): job for job in itertools.islice(waiting, args.concurrency)}
     try:
-        with tqdm(total=len(done) + len(jobs), initial=len(done), desc="sample", unit=" traces", disable=None) as bar:
+        with tqdm(total=n_done + len(jobs), initial=n_done, desc="sample", unit=" traces", disable=None) as bar:
             while running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     job = running.pop(future)
@@ -975,7 +987,7 @@ def run_jobs(collector: Collector, jobs: Sequence[Job], done: Sequence[Mapping[s
                         refused.append(f"{show(job.question['query'])}: {error}")
                     else:
                         file.write(json_line(trace))  # unbuffered: what is paid for is kept, whatever comes
-                        spent.update({name: trace[name] or 0 for name in spent})
+                        spent.update({name: trace[name] or 0 for name in COSTS})
                     cost = (spent["prompt_tokens"] * args.price_in + spent["completion_tokens"] * args.price_out) / 1e6
                     bar.set_postfix(tokens=f"{spent['completion_tokens']:,}", cost=f"{cost:.2f}", refresh=False)
                     bar.update()
@@ -994,10 +1006,9 @@ def sample_command(args: argparse.Namespace) -> None:
     collector = Collector(args)
     path = Path(args.output)
     try:
-        done = read_done(path, collector.settings)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot go on from {path}: {error}") from None
-    known = {(trace["query"], trace["sample"], trace["budget"]) for trace in done}
+        known, spent = read_done(path, collector.settings)
+    except OSError as error:
+        raise UserError(f"cannot go on from {path}: {error.strerror}") from None
     jobs = [Job(question, sample, budget) for sample in range(args.samples) for budget in args.budgets or [None]
             for question in {question["query"]: question for question in questions}.values()]
     missing = [job for job in jobs if job.key not in known]
@@ -1006,7 +1017,7 @@ def sample_command(args: argparse.Namespace) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
-        refused = run_jobs(collector, missing, done, file)
+        refused = run_jobs(collector, missing, len(known), spent, file)
     for line in refused[:20]:
         print(f"refused: {line}", file=sys.stderr)
     print(f"Written: {path}, {len(jobs) - len(refused):,} traces" + (f"; {len(refused):,} refused" if refused else ""))

@@ -404,6 +404,13 @@ def test_other_settings_do_not_go_on_with_a_file(server, tmp_path):
     assert "traces.jsonl was collected with temperature 0.6, not 0.9: choose another --output" in process.stderr
 
 
+def test_a_file_of_something_else_is_not_added_to(server, tmp_path):
+    write_rows(tmp_path / "traces.jsonl", [{"query": "a", "tokens": 3}])
+    process = sample(server, tmp_path)
+    assert process.returncode == 2
+    assert "traces.jsonl:1 is not a trace of this program: choose another --output" in process.stderr
+
+
 def test_an_endpoint_that_is_gone_ends_with_what_was_paid_for(server, tmp_path):
     sample(server, tmp_path, "--samples", "1")
     before = (tmp_path / "traces.jsonl").read_bytes()
