@@ -1674,8 +1674,9 @@ class Run:
         self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         self.scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
         self.progress = Progress(**checkpoint["progress"])
-        if theirs["max_tokens_per_micro_batch"] != self.cfg["max_tokens_per_micro_batch"]:
-            self.progress.token_limit = self.cfg["max_tokens_per_micro_batch"]
+        limit = self.cfg["max_tokens_per_micro_batch"]
+        if theirs["max_tokens_per_micro_batch"] != limit or not self.progress.token_limit:  # asked for since, or older
+            self.progress.token_limit = limit
         self.val_metrics = dict(checkpoint["val_metrics"])
         self.log.history.update(checkpoint["history"])
 
