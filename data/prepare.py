@@ -337,7 +337,8 @@ class Reader:
 # ----------------------------------------------------------------------------------------------------------------------
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?%?")
-LETTER = re.compile(r"(?:answer|option|choice)?\s*(?:is|:)?\s*\(?\b([A-J])\b\)?", re.IGNORECASE)
+# A choice: the whole answer, in brackets, before one, or a capital that begins no sentence ("A cat" is no choice).
+LETTER = re.compile(r"\(([A-Ja-j])\)|^\W*([A-Ja-j])\W*$|^([A-J])[).:]|\b([A-J])\b(?!\s*[a-z'\u2019])")
 
 
 def final_answer(text: str) -> str:
@@ -399,7 +400,7 @@ def verify(given: Any, gold: Any) -> bool | None:
     if normalized(wanted) and normalized(wanted) == normalized(answer):
         return True
     if re.fullmatch(r"\(?[A-J]\)?", wanted):
-        letters = LETTER.findall(answer)
+        letters = ["".join(groups) for groups in LETTER.findall(answer)]
         return letters[-1].upper() == wanted.strip("()") if letters else None
     if (number := to_number(wanted)) is not None:
         numbers = [each for each in map(to_number, NUMBER.findall(answer)) if each is not None]

@@ -113,6 +113,8 @@ def test_a_policy_that_cannot_be_followed_is_refused(prepare, tmp_path, capsys, 
     ("The answer is 4.", "4", True), ("So 1,234.0", 1234, True), ("it is 5", "4", False), ("I do not know", "4", None),
     (r"thus $\boxed{3/4}$", "0.75", True), (r"\boxed{\frac{3}{4}}", r"\frac{3}{4}", True),
     ("The answer is (B)", "B", True), ("Answer: c", "B", False), ("none of them", "B", None),
+    ("It is a cat", "A", None), ("I think it is B", "B", True), ("B) a cat", "B", True), ("c", "C", True),
+    ("The answer is I am sure", "I", None), ("(d) because a is wrong", "D", True),
     ("<think>the answer is 7</think>The answer is 8", "8", True), ("Paris", "paris", True), ("Lyon", "Paris", None),
     ("", "4", None), (None, "4", None), (["4"], "4", None), ("4", None, None), ("50%", "0.5", True)])
 def test_an_answer_is_right_wrong_or_cannot_be_told(prepare, given, gold, right):
