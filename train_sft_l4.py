@@ -358,7 +358,7 @@ def json_line(value: Any) -> bytes:
     >>> json_line({"query": chr(0xE9) + chr(0xD800)})
     b'{"query": "\xc3\xa9\\ud800"}\n'
     """
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+    return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n"
 
 
 class Stopped(Exception):
@@ -470,7 +470,7 @@ def parse_row(line: bytes, place: str, labelled: bool) -> Row:
 
 def show(value: Any) -> str:
     """Return a value as JSON, shortened, for a message."""
-    text = json.dumps(value)
+    text = json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

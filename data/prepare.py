@@ -163,7 +163,7 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{place}: what follows is not UTF-8") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (csv.Error, ValueError) as error:  # pyarrow's errors are ValueErrors
+    except (csv.Error, ValueError, OverflowError, NotImplementedError) as error:  # pyarrow's are among them
         raise UserError(f"{place}: cannot be read on: {str(error).splitlines()[0][:200]}") from None
 
 
@@ -173,21 +173,21 @@ def find_columns(record: Mapping[str, Any], given: Mapping[str, str], place: str
     Raises:
         UserError: a column that a flag names, or one that is needed, is not there.
     """
-    found = {}
+    found, there = {}, ", ".join(map(str, record))
     for what, names in COLUMNS.items():
         if given.get(what):
             names = (given[what],)
             if names[0] not in record:
-                raise UserError(f"{place}: no column {names[0]!r} (--{what}-column); there are {', '.join(record)}")
+                raise UserError(f"{place}: no column {names[0]!r} (--{what}-column); there are {there}")
         name = next((name for name in names if name in record), None)
         if name:
             found[what] = name
     if "query" not in found:
         raise UserError(f"{place}: no column with the query; name it with --query-column. "
-                        f"There are {', '.join(record)}")
+                        f"There are {there}")
     if not {"tokens", "text"} & set(found):
         raise UserError(f"{place}: no column with the reasoning tokens; name it with --tokens-column, or the trace's "
-                        f"text with --text-column. There are {', '.join(record)}")
+                        f"text with --text-column. There are {there}")
     return found
 
 
@@ -206,7 +206,7 @@ def as_flag(value: Any, what: str) -> bool | None:
 def as_number(value: Any, what: str) -> float:
     """Return a finite number above 0."""
     number = math.nan
-    with suppress(TypeError, ValueError):
+    with suppress(TypeError, ValueError, OverflowError):
         number = float(value) if not isinstance(value, bool) else math.nan
     if not 0 < number <= LONGEST_BUDGET:
         raise ValueError(f"{what} must be a number above 0 and at most {LONGEST_BUDGET:,.0f}, got {show(value)}")
@@ -738,11 +738,12 @@ def measure_noise(traces: Traces, policies: Sequence[str]) -> dict[str, Any]:
 def describe(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return counts and budget quantiles of labelled rows."""
     budgets = [row["optimal_budget"] for row in rows]
+    counts = [row.get("n_traces") for row in rows]
     solved = [bool(row["solved"]) for row in rows if row.get("solved") is not None]
     return {"rows": len(rows), "budget": quantiles(budgets),
             "censored_rate": float(np.mean([bool(row.get("censored")) for row in rows])),
             "solved_rate": float(np.mean(solved)) if solved else None,
-            "traces_per_query": float(np.mean([row.get("n_traces", 1) for row in rows]))}
+            "traces_per_query": float(np.mean([count if isinstance(count, int) else 1 for count in counts]))}
 
 
 def make_card(splits: Mapping[str, Sequence[Mapping[str, Any]]], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -1038,6 +1039,8 @@ def write_splits(rows: Sequence[dict[str, Any]], args: argparse.Namespace, facts
         kept, n_excluded = exclude_rows(rows, groups, Path(path), args.near_duplicates)
         rows, groups = [rows[place] for place in kept], [groups[place] for place in kept]
         facts["notes"].append(f"{n_excluded:,} queries left out, for they stand in {path}")
+    if not rows:
+        raise UserError("no query is left: all of them stand in the files to exclude")
     shares = dict(zip(("train", "val", "test"), args.shares, strict=True))
     splits = split_rows(rows, groups, shares, args.seed)
     empty = [name for name, part in splits.items() if shares[name] and not part]
@@ -1110,6 +1113,8 @@ def split_command(args: argparse.Namespace) -> None:
     n_bad = 0
     for place, record in read_records(Path(args.rows)):
         try:
+            if isinstance(record, ValueError):
+                raise record
             if not isinstance(record, dict):
                 raise ValueError(f"expected an object, got {show(record)}")
             if not isinstance(record.get("query"), str) or not record["query"].strip():
@@ -1208,10 +1213,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of domains are data: any console prints them somehow
     try:
         {"sample": sample_command, "label": label_command, "split": split_command}[args.command](args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # of standard output, or a path that no system takes
+        print(f"error: {error.strerror}: {error.filename or 'standard output'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -229,6 +229,7 @@ def changed(number: int, **values):
     (changed(7, tokens=-3), (), "traces.jsonl:8: tokens must be a number above 0"),
     (changed(7, tokens=None), (), "traces.jsonl:8: tokens must be a number above 0 and at most 10,000,000, got null"),
     (changed(7, tokens=True), (), "traces.jsonl:8: tokens must be a number above 0"),
+    (changed(7, tokens=10**400), (), "traces.jsonl:8: tokens must be a number above 0"),
     (changed(7, query=5), (), "traces.jsonl:8: query must be a non-empty string, got 5"),
     (changed(7, correct="maybe"), (), 'traces.jsonl:8: correct must be true or false, got "maybe"'),
     ([*make_traces(30), "{"], (), "traces.jsonl:121: not JSON"),
@@ -543,3 +544,40 @@ def test_an_interrupted_collection_keeps_its_traces(faulty, tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
     assert len(read_rows(path)) >= 3
+
+
+@pytest.mark.parametrize("line", ['{"query": "a", "optimal_budget": ' + "9" * 400 + "}", '{"query": "a"}', "{", "[1]",
+                                  "[" * 5000, '{"query": "a", "optimal_budget": "x"}'])
+def test_a_bad_row_to_split_is_named(prepare, tmp_path, capsys, line):
+    path = write_rows(tmp_path / "rows.jsonl", [*make_labelled(40), line])
+    assert prepare.main(["split", path, "--output", str(tmp_path / "out")]) == 2
+    assert "rows.jsonl:41: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_left_when_everything_is_excluded(prepare, tmp_path, capsys):
+    path = write_rows(tmp_path / "rows.jsonl", make_labelled(40))
+    assert prepare.main(["split", path, "--output", str(tmp_path / "out"), "--exclude", path]) == 2
+    assert "no query is left" in capsys.readouterr().err
+
+
+def test_odd_values_beside_the_labels_do_no_harm(tmp_path):
+    rows = [row | {"domain": "caf\u00e9 \ud800", "n_traces": (None, "3", 2)[i % 3]} for i, row in
+            enumerate(make_labelled(60))]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    process = run_command("split", "rows.jsonl", "--output", "out", cwd=tmp_path, program=(sys.executable, SCRIPT),
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert process.returncode == 0, process.stderr
+    assert "| caf\\xe9 \\ud800 | 60 |" in process.stdout
+
+
+def test_a_parquet_of_timestamps_and_bytes_is_split_or_refused(prepare, tmp_path, capsys):
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    import datetime
+
+    rows = [row | {"when": datetime.datetime(2026, 1, 1)} for row in make_labelled(40)]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert prepare.main(["split", str(tmp_path / "rows.parquet"), "--output", str(tmp_path / "out")]) == 0
+    parquet.write_table(arrow.Table.from_pylist([{"query": b"a", "optimal_budget": 3}]), tmp_path / "bytes.parquet")
+    assert prepare.main(["split", str(tmp_path / "bytes.parquet"), "--output", str(tmp_path / "no")]) == 2
+    assert "query must be a non-empty string" in capsys.readouterr().err
