@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any
 
@@ -336,7 +337,7 @@ class Reader:
 # 2. Verifying an answer
 # ----------------------------------------------------------------------------------------------------------------------
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?%?")
+NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)(?:e[+-]?\d+)?(?:\s*/\s*\d+)?%?", re.IGNORECASE)
 # A choice: the whole answer, in brackets, before one, or a capital that begins no sentence ("A cat" is no choice).
 LETTER = re.compile(r"\(([A-Ja-j])\)|^\W*([A-Ja-j])\W*$|^([A-J])[).:]|\b([A-J])\b(?!\s*[a-z'\u2019])")
 
@@ -363,20 +364,32 @@ def final_answer(text: str) -> str:
     return last.strip().strip("*$").rstrip(".").strip("*$ ")
 
 
-def to_number(text: str) -> float | None:
+def to_number(text: str) -> Fraction | None:
     """Return the number that a text consists of, or None.
 
-    >>> to_number("1,234.50"), to_number("3/4"), to_number("50%"), to_number("about 3")
-    (1234.5, 0.75, 0.5, None)
+    >>> [str(to_number(text)) for text in ("1,234.50", "3/4", "50%", "-2e3", "about 3", "1,2")]
+    ['2469/2', '3/4', '1/2', '-2000', 'None', 'None']
     """
-    text = text.strip().strip("$ ")
+    text = text.strip("$ ")
     if not NUMBER.fullmatch(text):
         return None
-    percent = text.endswith("%")
-    over, _, under = text.rstrip("%").replace(",", "").partition("/")
-    if _ and not float(under):
-        return None
-    return float(over) / (float(under) if _ else 1.0) / (100 if percent else 1)
+    over, _, under = text.rstrip("%").replace(",", "").replace(" ", "").partition("/")
+    with suppress(ValueError, ZeroDivisionError, OverflowError):
+        return Fraction(over) / Fraction(under or 1) / (100 if text.endswith("%") else 1)
+    return None
+
+
+def plain(text: str) -> str:
+    """Return an answer without what makes no difference: case, spacing, marks around it, a sign's typography."""
+    text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\,", "")
+    text = " ".join(text.casefold().split()).strip(" *$\"'`").rstrip(". ")
+    return re.sub(r"^- (?=[\d.])", "-", text)
+
+
+def is_mathematics(text: str) -> bool:
+    """Return whether a text is a formula rather than words, whose letters math-verify would multiply."""
+    has_word = re.search(r"(?<![\\a-z])[a-z]{3,}", text, re.IGNORECASE)
+    return not has_word and bool(re.search(r"[\\^_=+*/<>()\[\]{}\d]", text))
 
 
 def normalized(text: str) -> str:
@@ -391,26 +404,39 @@ def normalized(text: str) -> str:
 def verify(given: Any, gold: Any) -> bool | None:
     """Return whether an answer is right; None where that cannot be told, which is not the same as wrong.
 
-    A number or a choice letter is compared as such, and other text must be the same but for case and punctuation; where
-    it is not, `math-verify` decides if it is installed and both are mathematics.
+    A choice letter, yes or no, and a single number are compared as such; other text must be the same but for case and
+    spacing. Where it is not, `math-verify` decides if it is installed and both are mathematics.
     """
     if gold in (None, "") or not isinstance(given, str) or not given.strip():
         return None
     wanted, answer = str(gold).strip(), final_answer(given)
-    if normalized(wanted) and normalized(wanted) == normalized(answer):
+    if plain(wanted) == plain(answer):
         return True
     if re.fullmatch(r"\(?[A-J]\)?", wanted):
-        letters = ["".join(groups) for groups in LETTER.findall(answer)]
-        return letters[-1].upper() == wanted.strip("()") if letters else None
-    if (number := to_number(wanted)) is not None:
-        numbers = [each for each in map(to_number, NUMBER.findall(answer)) if each is not None]
-        return math.isclose(numbers[-1], number, rel_tol=1e-9) if numbers else None
+        letters = {"".join(groups).upper() for groups in LETTER.findall(answer)}
+        return letters == {wanted.strip("()")} if len(letters) == 1 else None
+    if plain(wanted) in ("yes", "no", "true", "false"):
+        said = re.match(r"(yes|no|true|false)\b", plain(answer))
+        return said[1] == plain(wanted) if said else None
+    if ":" in answer or re.search("hundred|thousand|illion|dozen", answer, re.IGNORECASE):
+        return None  # a time or a ratio, a number in words
+    number = to_number(plain(wanted))
+    numbers = [each for each in map(to_number, NUMBER.findall(plain(answer))) if each is not None]
+    is_formula = bool(re.search(r"[\\^!\u221a]", answer))
+    if number is not None and len(numbers) == 1 and not is_formula:  # a unit may stand beside it
+        whole = number.denominator == numbers[0].denominator == 1
+        if number == numbers[0] or (not whole and math.isclose(number, numbers[0], rel_tol=1e-12)):
+            return True
+        return None if number in (100 * numbers[0], numbers[0] / 100) else False
     with suppress(ImportError):
         import math_verify
 
-        parsed = [math_verify.parse(f"${text}$", parsing_timeout=None) for text in (wanted, answer)]
-        if all(parsed):
-            return bool(math_verify.verify(*parsed, timeout_seconds=None))
+        if is_mathematics(wanted) and is_mathematics(answer):
+            parsed = [math_verify.parse(f"${text}$", parsing_timeout=None) for text in (wanted, answer)]
+            if all(parsed) and math_verify.verify(*parsed, timeout_seconds=None):
+                return True
+            has_letters = re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", answer))  # units, perhaps
+            return False if all(parsed) and is_formula and not has_letters else None
     return None
 
 

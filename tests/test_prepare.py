@@ -113,6 +113,10 @@ def test_a_policy_that_cannot_be_followed_is_refused(prepare, tmp_path, capsys, 
     ("The answer is 4.", "4", True), ("So 1,234.0", 1234, True), ("it is 5", "4", False), ("I do not know", "4", None),
     (r"thus $\boxed{3/4}$", "0.75", True), (r"\boxed{\frac{3}{4}}", r"\frac{3}{4}", True),
     ("The answer is (B)", "B", True), ("Answer: c", "B", False), ("none of them", "B", None),
+    ("eat", "tea", None), ("35", "3,5", None), ("1e3", "1000", True), ("5 apples", "5", True),
+    ("x = 3 or 5", "5", None), ("12345678901234567891", "12345678901234567890", False), ("Yes, it is.", "yes", True),
+    ("No.", "yes", False), ("\u22125", "-5", True), (".5", "0.5", True), ("5", ".5", False), ("D, not A", "D", None),
+    ("50", "50%", None), ("10:30 AM", "10:30", None), ("1 million", "1000000", None), ("- 5", "-5", True),
     ("It is a cat", "A", None), ("I think it is B", "B", True), ("B) a cat", "B", True), ("c", "C", True),
     ("The answer is I am sure", "I", None), ("(d) because a is wrong", "D", True),
     ("<think>the answer is 7</think>The answer is 8", "8", True), ("Paris", "paris", True), ("Lyon", "Paris", None),
@@ -127,7 +131,8 @@ def test_math_verify_sees_through_notation(prepare):
     pytest.importorskip("math_verify")
     assert prepare.verify(r"so it is $\boxed{\frac{2}{4}}$", r"\frac{1}{2}") is True
     assert prepare.verify(r"so it is $\boxed{x^2 + 2x + 1}$", "(x+1)^2") is True
-    assert prepare.verify(r"so it is $\boxed{x^2 + 2x + 2}$", "(x+1)^2") is False
+    assert prepare.verify(r"so it is $\boxed{x^2 + 2x + 2}$", "(x+1)^2") is None  # its letters may be units
+    assert prepare.verify(r"so it is $\boxed{\frac{1}{3}}$", r"\frac{1}{2}") is False
 
 
 def test_labels_rows_and_card(prepare, tmp_path, capsys):
