@@ -140,7 +140,8 @@ def iter_records(path: Path) -> Iterator[tuple[str, Any]]:
     """
     files = [path]
     if path.is_dir():
-        files = sorted(path.rglob("*.arrow")) or sorted(path.rglob("*.parquet"))
+        files = sorted(file for file in path.rglob("*.arrow") if not file.name.startswith("cache-"))  # datasets' own
+        files = files or sorted(path.rglob("*.parquet"))
         if not files:
             raise UserError(f"{path}: no .arrow and no .parquet files in this folder")
     for file in files:
@@ -233,6 +234,7 @@ class Reader:
     level: str
     count_tokens: Callable[[str], int] | None
     found: dict[str, str] = field(default_factory=dict)
+    keys: dict[str, None] = field(default_factory=dict)  # all columns seen so far in a file, in their order
     places: dict[str, int] = field(default_factory=dict)  # of the queries
 
     def read(self, paths: Sequence[Path], skip: bool) -> Traces:
@@ -243,7 +245,7 @@ class Reader:
         """
         traces = Traces()
         for path in paths:
-            self.found = {}
+            self.found, self.keys = {}, {}
             for place, record in read_records(path):
                 try:
                     self.add(record, place, traces)
@@ -273,7 +275,10 @@ class Reader:
             raise record
         if not isinstance(record, dict):
             raise ValueError(f"expected an object, got {show(record)}")
-        found = self.found = self.found or find_columns(record, self.columns, place)
+        if not record.keys() <= self.keys.keys():  # a column may first appear in a later record
+            self.keys |= dict.fromkeys(record)
+            self.found = find_columns(self.keys, self.columns, place)
+        found = self.found
 
         def get(what: str) -> Any:
             return record.get(found[what]) if what in found else None

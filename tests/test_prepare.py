@@ -586,3 +586,10 @@ def test_a_parquet_of_timestamps_and_bytes_is_split_or_refused(prepare, tmp_path
     parquet.write_table(arrow.Table.from_pylist([{"query": b"a", "optimal_budget": 3}]), tmp_path / "bytes.parquet")
     assert prepare.main(["split", str(tmp_path / "bytes.parquet"), "--output", str(tmp_path / "no")]) == 2
     assert "query must be a non-empty string" in capsys.readouterr().err
+
+
+def test_a_column_that_first_appears_later_is_read(prepare, tmp_path):
+    traces = [{"query": f"What is {i} and {i}?", "tokens": 10 * i + k, "text": f"The answer is {2 * i}"}
+              | ({"answer": 2 * i} if i > 1 else {}) for i in range(1, 31) for k in range(3)]
+    _, rows = label(prepare, tmp_path, traces)
+    assert Counter(row["solved"] for row in rows) == {True: 29, None: 1}
