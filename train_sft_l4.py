@@ -986,7 +986,7 @@ class SharedDropout(nn.Dropout):
     def forward(self, states: Tensor) -> Tensor:
         """Return the states with elements dropped, or what was returned for this very tensor a moment ago."""
         if not self.training or not self.p:
-            self.latest = None
+            self.forget()
             return states
         if self.latest is None or self.latest[0] is not states:
             self.latest = (states, self._drop_on_cpu(states) if states.is_cpu else super().forward(states))
@@ -1178,10 +1178,10 @@ class BudgetRegressionModel(nn.Module):
         checkpoint = read_checkpoint(Path(path))
         cfg = {**CONFIG, **checkpoint["config"], "activation_checkpointing": "off"}
         cfg["model_name"] = model_name or cfg["model_name"]
-        place = pick_device() if device == "auto" else torch.device(device)
-        model = cls(cfg, dtype=torch.bfloat16 if place.type == "cuda" else torch.float32)
         if merge and cfg["quantization"] != "none":
             raise UserError("merging would round the adapters to the 4 bits of the backbone: leave it out")
+        place = pick_device() if device == "auto" else torch.device(device)
+        model = cls(cfg, dtype=torch.bfloat16 if place.type == "cuda" else torch.float32)
         model.restore(checkpoint, Path(path), cfg["model_name"])
         model = model.to(place).eval()
         if merge and cfg["lora_r"]:

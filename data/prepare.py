@@ -48,6 +48,7 @@ from train_sft_l4 import (
     UserError,
     atomic_file,
     budget_deciles,
+    explain_loading,
     json_line,
     listing,
     show,
@@ -657,8 +658,8 @@ def split_rows(rows: Sequence[Mapping[str, Any]], groups: Sequence[int], shares:
                seed: int) -> dict[str, list[Mapping[str, Any]]]:
     """Divide rows by group, the same shares of every domain and budget decile.
 
-    The groups of a stratum are dealt in the order of a hash of (seed, query): the same rows on every machine, in
-    whatever order they come.
+    The groups of a stratum are dealt in the order of a hash of (seed, query): for the same groups, the same rows on
+    every machine, in whatever order they come. (Which near-duplicates meet in a group does depend on their order.)
     """
     members: dict[int, list[int]] = {}
     for place, group in enumerate(groups):
@@ -1100,8 +1101,6 @@ def make_counter(name: str) -> Callable[[str], int] | None:
     if not name:
         return None
     from transformers import AutoTokenizer
-
-    from train_sft_l4 import explain_loading
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
